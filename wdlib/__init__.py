@@ -1,0 +1,14 @@
+"""wdlib: how the weights of large language models are distributed, and what that is good for.
+
+Data flows one way: checkpoint -> weights -> spectra -> distances -> fits. Every module imports only
+those before it, and importing the package itself imports none of them.
+"""
+
+__version__ = "0.1.0"
+
+TYPES = ("q", "k", "v", "o", "gate", "up", "down")
+"""The seven projection types, in the order of every table and figure (arXiv 2509.00046, section 2)."""
+
+
+class WdlibError(Exception):
+    """An error whose message is one sentence that names the thing and the remedy."""
