@@ -7,7 +7,7 @@ those before it, and importing the package itself imports none of them.
 __version__ = "0.1.0"
 
 TYPES = ("q", "k", "v", "o", "gate", "up", "down")
-"""The seven projection types, in the order of every table and figure (arXiv 2509.00046, section 2)."""
+"""The seven projection types, in the order of every table and figure (arXiv 2509.00046)."""
 
 
 class WdlibError(Exception):

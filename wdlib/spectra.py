@@ -1,9 +1,9 @@
-"""Singular values: from one matrix to its r largest, with a proven error, and from a model to a file.
+"""Singular values: from a matrix to its r largest with proven errors, from a model to a file.
 
 The spectra of language model weights are flat: next to the r-th singular value stand others within
 a fraction of a percent. Sketching methods, which rely on decay, are wrong by percents there. What
-is used instead is chosen per matrix (arXiv 2509.00046, section 2, asks for r = 16, 64, 256 and names
-no algorithm):
+is used instead is chosen per matrix (arXiv 2509.00046, section 2, asks for r = 16, 64, 256 and
+names no algorithm):
 
 `gram-lanczos`
     Float32 product G = W W^T, block Lanczos on G, then Rayleigh-Ritz with the exact W in float64.
@@ -17,6 +17,7 @@ no algorithm):
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -46,8 +47,8 @@ BLOCK = 4
 
 PROBES = 8
 PROBE_FACTOR = 10.0
-"""||F|| <= PROBE_FACTOR sqrt(2/pi) max_j ||F x_j|| over PROBES Gaussian x_j, except with probability
-PROBE_FACTOR ** -PROBES (Halko, Martinsson, Tropp 2011, lemma 4.1)."""
+"""||F|| <= PROBE_FACTOR sqrt(2/pi) max_j ||F x_j|| over PROBES Gaussian x_j, except with
+probability PROBE_FACTOR ** -PROBES (Halko, Martinsson, Tropp, arXiv 0909.4061, lemma 4.1)."""
 
 CHUNK_BYTES = 2**20
 """Float64 copies of float32 matrices are made in pieces of about this size."""
@@ -114,28 +115,30 @@ def compute(
 ) -> Spectra:
     """The `rank` largest singular values of every projection of a model, one matrix in memory.
 
-    threads: of the linear algebra; more than one rarely pays for a single matrix, and costs dearly
-    on a busy machine. progress: show a bar with the matrix at hand.
+    threads: as in `collect`. progress: show a bar of the matrices done.
 
     Raises WdlibError before any work if `rank` exceeds the smallest dimension of a matrix in use
     (arXiv 2509.00046, section 2, leaves that case open), and for unreadable weights.
     """
     checkpoint = models.resolve(model) if not isinstance(model, models.Checkpoint) else model
     entries = [e for e in weights.inventory(checkpoint) if e.type in types]
+    if not entries:
+        raise WdlibError(
+            f"{checkpoint.name} has no matrix of type {' or '.join(types)}: ask for others."
+        )
     _check_rank(checkpoint.name, entries, rank)
-    found: dict[str, list[SingularValues]] = {e.type: [] for e in entries}
     stream = weights.projections(checkpoint, types=types)
     bar = tqdm(stream, total=len(entries), unit="matrix", disable=not progress)
-    with threadpool_limits(threads, "blas"), ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool:
         content = pool.submit(models.content_hash, checkpoint)
-        for p in bar:
-            bar.set_description(f"layer {p.layer} {p.type}", refresh=False)
-            name = f"tensor {p.name} of {checkpoint.name}"
-            found[p.type].append(top_singular_values(p.matrix, rank, certify=certify, name=name))
-    values = {t: np.stack([f.values for f in found[t]]) for t in TYPES if t in found}
-    error = {t: np.stack([f.error for f in found[t]]) for t in values}
+        found = collect(bar, rank, certify=certify, threads=threads)
+    values = {t: np.stack([f.values for f in found[t]]) for t in found}
+    error = {t: np.stack([f.error for f in found[t]]) for t in found}
     methods = Counter(f.method for rows in found.values() for f in rows)
-    worst = max(float(np.max(error[t] / np.where(v > 0, v, np.inf))) for t, v in values.items())
+    # Of values that are zero within their error, a relative one says nothing.
+    worst = max(
+        float(np.max(error[t] / np.where(v > error[t], v, np.inf))) for t, v in values.items()
+    )
     provenance = {
         "source": checkpoint.source,
         "revision": checkpoint.revision,
@@ -152,9 +155,37 @@ def compute(
     return Spectra(checkpoint.name, values, error, rows, {k: v for k, v in provenance.items() if v})
 
 
+def collect(
+    projections: Iterable[weights.Projection],
+    rank: int,
+    *,
+    certify: bool = True,
+    threads: int = 1,
+) -> dict[str, list[SingularValues]]:
+    """`top_singular_values` of a stream of projections, by type in the order of `TYPES`.
+
+    threads: of the linear algebra; more than one rarely pays for a single matrix, and costs dearly
+    on a busy machine.
+
+    Raises WdlibError as `top_singular_values` does, naming the tensor.
+    """
+    found = {t: [] for t in TYPES}
+    with threadpool_limits(threads, "blas"):
+        for p in projections:
+            result = top_singular_values(p.matrix, rank, certify=certify, name=f"tensor {p.name}")
+            found[p.type].append(result)
+    return {t: results for t, results in found.items() if results}
+
+
 def largest_rank(model: str | Path | models.Checkpoint) -> int:
     """The smallest dimension of any projection of a model: no more singular values can be asked."""
     return min(min(e.shape) for e in weights.inventory(model))
+
+
+def available_rank(model: str | Path) -> int:
+    """The largest rank that `of` gives for a model: what is stored, or else `largest_rank`."""
+    path = stored(str(model))
+    return load(path).rank if path.is_file() else largest_rank(model)
 
 
 def _check_rank(model: str, entries: list[weights.Entry], rank: int) -> None:
@@ -208,24 +239,24 @@ def load(model: str | Path, *, rank: int | None = None) -> Spectra:
         with safe_open(path, "numpy") as file:
             about = json.loads((file.metadata() or {})["wdlib"])
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (no iterator)
-    except (SafetensorError, KeyError, ValueError) as error:
+        types = [t for t in TYPES if t in tensors]
+        rows = {}
+        for t in types:
+            rows[t] = _one_row_a_layer(len(tensors[t]))
+            if f"{t}.rows" in tensors:
+                pairs = tensors[f"{t}.rows"].tolist()
+                rows[t] = tuple((layer, None if e < 0 else e) for layer, e in pairs)
+        spectra = Spectra(
+            about.pop("model"),
+            {t: tensors[t] for t in types},
+            {t: tensors[f"{t}.error"] for t in types},
+            rows,
+            about,
+        )
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise WdlibError(
             f"{path} does not hold spectra ({error}): write it anew with `wdlib spectra`."
         ) from error
-    types = [t for t in TYPES if t in tensors]
-    rows = {}
-    for t in types:
-        rows[t] = _one_row_a_layer(len(tensors[t]))
-        if f"{t}.rows" in tensors:
-            pairs = tensors[f"{t}.rows"].tolist()
-            rows[t] = tuple((layer, None if e < 0 else e) for layer, e in pairs)
-    spectra = Spectra(
-        about.pop("model"),
-        {t: tensors[t] for t in types},
-        {t: tensors[f"{t}.error"] for t in types},
-        rows,
-        about,
-    )
     return spectra if rank is None else spectra.truncate(rank)
 
 
@@ -286,7 +317,7 @@ def top_singular_values(
     if not np.isfinite(largest):
         raise WdlibError(f"{name} contains NaN or infinity: its singular values do not exist.")
     scale = 1.0
-    if largest and not 1e-12 < largest < 1e12:
+    if largest and not 1e-4 < largest < 1e4:  # its fourth power must fit into float32
         scale = 2.0 ** np.floor(np.log2(largest))
         W = W.astype(np.float64) / scale
     result = None
@@ -355,7 +386,7 @@ def _gram_lanczos(W: np.ndarray, r: int, certify: bool) -> SingularValues | None
     probes = np.random.default_rng(1).standard_normal((n, PROBES if certify else 0))
     Z, AX = _gram_apply(W, np.hstack([V, probes]))
     theta, Y = linalg.eigh(Z[:, :c].T @ Z[:, :c], V.T @ V, check_finite=False)
-    theta, Y = theta[::-1], Y[:, ::-1]
+    theta, Y = np.maximum(theta[::-1], 0.0), Y[:, ::-1]
     V, AV = V @ Y, AX[:, :c] @ Y
     residual = float(np.linalg.norm(AV - V * theta))
     rest = ritz_next + residual
@@ -416,6 +447,8 @@ def _block_lanczos(G: np.ndarray, r: int) -> tuple[np.ndarray, float] | None:
             if k >= check:
                 theta, S = np.linalg.eigh(T[:k, :k])
                 theta, S = theta[::-1], S[:, ::-1]
+                if not theta[r - 1] > 0:
+                    return None
                 residual = np.linalg.norm(C.T @ S[k - b :, : r + 7], axis=0)
                 gap = (theta[r - 1 : r + 7] - theta[r : r + 8]) / 2
                 error = np.cumsum(residual**2)[r - 1 :] / np.maximum(gap, 1e-30 * theta[0])
