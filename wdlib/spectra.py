@@ -188,6 +188,12 @@ def available_rank(model: str | Path) -> int:
     return load(path).rank if path.is_file() else largest_rank(model)
 
 
+def check_rank(model: str | Path | models.Checkpoint, rank: int) -> None:
+    """Raise WdlibError unless every matrix of a model has `rank` singular values."""
+    checkpoint = models.resolve(model) if not isinstance(model, models.Checkpoint) else model
+    _check_rank(checkpoint.name, weights.inventory(checkpoint), rank)
+
+
 def _check_rank(model: str, entries: list[weights.Entry], rank: int) -> None:
     smallest = min(entries, key=lambda e: min(e.shape))
     if not 1 <= rank <= min(smallest.shape):
@@ -271,7 +277,7 @@ def of(model: str | Path, rank: int, *, progress: bool = False) -> Spectra:
         if rank <= kept.rank:
             return kept.truncate(rank)
     checkpoint = models.resolve(model)
-    _check_rank(checkpoint.name, weights.inventory(checkpoint), rank)
+    check_rank(checkpoint, rank)
     content = models.content_hash(checkpoint)
     path = paths.CACHE / "spectra" / f"{checkpoint.name}-{content[:16]}-r{rank}.safetensors"
     if path.is_file():

@@ -1,0 +1,80 @@
+"""One set of versions: pyproject.toml, requirements.lock, environment.yml, what is installed."""
+
+import re
+import tomllib
+from importlib.metadata import distribution, distributions
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from wdlib import paths
+
+PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
+LINES = (paths.ROOT / "requirements.lock").read_text().splitlines()
+LOCK = dict(line.split("==") for line in LINES if line and not line.startswith(("#", "-")))
+NAMES = {canonicalize_name(name): pinned for name, pinned in LOCK.items()}
+GPU = re.compile(r"(nvidia|cuda|triton)\b.*")
+
+
+def direct():
+    """Every requirement of the package and its extras, those on the package itself left out."""
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    found = [Requirement(text) for group in groups for text in group]
+    return [requirement for requirement in found if requirement.name != PROJECT["name"]]
+
+
+def closure():
+    """(who asks, requirement) for all that the direct requirements need, transitively, here."""
+    todo = [("pyproject.toml", requirement) for requirement in direct()]
+    seen = set()
+    while todo:
+        asker, requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if (name, str(requirement)) in seen or (asker == "torch" and GPU.fullmatch(name)):
+            continue
+        seen.add((name, str(requirement)))
+        yield asker, requirement
+        extras = ["", *requirement.extras]
+        for needed in map(Requirement, distribution(name).requires or []):
+            marker = needed.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras):
+                todo.append((name, needed))
+
+
+def test_the_lock_is_exact_sorted_and_names_no_place():
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line) for line in LINES[3:])
+    assert list(LOCK) == sorted(LOCK, key=str.lower)
+    assert LINES[2] == "--only-binary :all:"  # set-up compiles nothing
+    assert LOCK["torch"] == "2.13.0"
+
+
+def test_the_lock_satisfies_everything_that_is_asked_for():
+    for asker, requirement in closure():
+        pinned = NAMES.get(canonicalize_name(requirement.name))
+        assert pinned is not None, f"{asker} needs {requirement}, which is not in the lock"
+        assert requirement.specifier.contains(pinned, prereleases=True), (
+            f"{asker} needs {requirement}, the lock has {pinned}"
+        )
+
+
+def test_the_lock_holds_nothing_that_nobody_asks_for():
+    asked = {canonicalize_name(requirement.name) for _, requirement in closure()}
+    assert set(NAMES) - asked == set()
+
+
+def test_what_is_installed_is_what_is_locked():
+    installed = {d.name: Version(d.version).public for d in distributions()}
+    installed = {canonicalize_name(name): number for name, number in installed.items()}
+    assert {name: installed.get(name, "absent") for name in NAMES} == NAMES
+
+
+def test_conda_installs_the_same_versions():
+    environment = yaml.safe_load((paths.ROOT / "environment.yml").read_text())
+    python, *others = environment["dependencies"]
+    assert Requirement(PROJECT["name"] + PROJECT["requires-python"]).specifier.contains(
+        python.removeprefix("python=")
+    )
+    assert python == "python=3.11"
+    assert others == ["pip", {"pip": ["-r requirements.lock"]}]

@@ -1,0 +1,290 @@
+"""The stored notebooks: how they are built, and that they run with other parameters.
+
+That they still give the outputs they store is nbval's part of `make test`.
+"""
+
+import ast
+import copy
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from nbstripout import strip_output
+
+from wdlib import paths, run
+
+NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+HEADINGS = ("What you will do", "What you need", "What you will learn")
+MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|Users|usr|opt|mnt|var)/|\b[A-Z]:\\")
+ADDRESS = re.compile(r"\bat 0x[0-9a-f]+")
+
+notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+# --- structure -------------------------------------------------------------------------------
+
+
+def problems(notebook) -> list[str]:
+    """What is wrong with a notebook by the rules of the house, one line each."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    found = [*_opening(notebook), *_parameters(notebook), *_checks(notebook)]
+    if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
+        found.append("the code cells were not executed once each, in order, from the first")
+    if not any(cell.outputs for cell in code):
+        found.append("no outputs are stored")
+    compared = [c for c in code if "nbval-check-output" in c.metadata.get("tags", [])]
+    if not compared or not all(cell.outputs for cell in compared):
+        found.append("no output is tagged nbval-check-output, or a tagged cell has none")
+    kept = {"keep_output": True, "keep_count": True, "keep_id": True}
+    stripped = strip_output(copy.deepcopy(notebook), **kept)
+    if not notebook == stripped == run.normalise(copy.deepcopy(notebook)):
+        found.append("metadata or stderr of one run is stored: run `make notebooks`")
+    for index, cell in enumerate(notebook.cells):
+        found += [f"cell {index}: {problem}" for problem in _cell(cell)]
+        if _draws(cell) and notebook.cells[index + 1 : index + 2] == []:
+            found.append(f"cell {index}: nothing follows the figure")
+        elif _draws(cell) and notebook.cells[index + 1].cell_type != "markdown":
+            found.append(f"cell {index}: the figure is not followed by its reading")
+    return found
+
+
+def _opening(notebook):
+    first = notebook.cells[0]
+    if first.cell_type != "markdown" or not first.source.startswith("# "):
+        return ["the first cell is not markdown with a title"]
+    if "arXiv" not in first.source:
+        return ["the opening cell does not cite the paper"]
+    missing = [h for h in HEADINGS if not re.search(rf"^#+ {h}", first.source, re.M | re.I)]
+    return [f"the opening cell lacks the heading {heading!r}" for heading in missing]
+
+
+def _parameters(notebook):
+    at = [i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", [])]
+    if len(at) != 1:
+        return [f"{len(at)} cells are tagged parameters"]
+    cell, following = notebook.cells[at[0]], notebook.cells[at[0] + 1]
+    statements = ast.parse(cell.source).body
+    found = []
+    if not statements or not all(isinstance(s, ast.AnnAssign) and s.value for s in statements):
+        found.append("the parameters cell has other than annotated assignments")
+    if "check_parameters(globals())" not in following.source:
+        found.append("the parameters cell is not followed by check_parameters(globals())")
+    return found
+
+
+def _checks(notebook):
+    last = max(i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code")
+    text = "\n".join(c.source for c in notebook.cells[:last] if c.cell_type == "markdown")
+    headings = re.findall(r"^#+ (.*)", text, re.M)
+    if not headings or headings[-1].strip() != "Checks":
+        return ["the last code cell is not under the heading Checks"]
+    if "assert_allclose" not in notebook.cells[last].source:
+        return ["the last code cell does not assert_allclose"]
+    return []
+
+
+def _cell(cell):
+    """Problems of one cell and its outputs."""
+    if cell.cell_type == "markdown":
+        return ["a path of one machine"] if MACHINE_PATH.search(cell.source) else []
+    found = []
+    if len(cell.source.splitlines()) > 15:
+        found.append("more than 15 lines of code")
+    for node in ast.walk(ast.parse(cell.source)):
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 5:
+            found.append(f"the function {node.name} has more than 5 lines")
+    texts = [text for output in cell.outputs for text in _texts(output)]
+    if any(MACHINE_PATH.search(text) for text in [cell.source, *texts]):
+        found.append("a path of one machine")
+    if any(ADDRESS.search(text) for text in texts):
+        found.append("an output shows an address in memory")
+    if any(text.count("<tr" if "<table" in text else "\n") > 40 for text in texts):
+        found.append("an output is longer than 40 lines")
+    if any(output.output_type == "error" for output in cell.outputs):
+        found.append("an error is stored")
+    return found
+
+
+def _texts(output):
+    """The text of an output: streams, plain text and tables, not pictures."""
+    data = output.get("data", {})
+    shown = [text for kind, text in data.items() if kind in ("text/html", "text/markdown")]
+    plain = [] if shown else [data.get("text/plain", "")]
+    return [output.get("text", ""), *shown, *plain]
+
+
+def _draws(cell):
+    outputs = cell.get("outputs", [])
+    return any(kind.startswith("image/") for o in outputs for kind in o.get("data", {}))
+
+
+def good():
+    """A notebook with nothing wrong; the tests below spoil it in one way each."""
+    v4 = nbformat.v4
+    opening = "# Title\nA claim (arXiv 2509.00046).\n" + "".join(f"## {h}\n" for h in HEADINGS)
+    sources = [
+        "import matplotlib\n\nfrom wdlib.run import check_parameters",
+        "rank: int = 16  # how many",
+        "check_parameters(globals())",
+        "draw()",
+        "print(rank)",
+        "from numpy.testing import assert_allclose\n\nassert_allclose(rank, 16)",
+    ]
+    cells = [v4.new_code_cell(s, execution_count=i) for i, s in enumerate(sources, start=1)]
+    cells[1].metadata = {"tags": ["parameters"]}
+    cells[3].outputs = [v4.new_output("display_data", {"image/png": "iVBO", "text/plain": "<Fig>"})]
+    cells[4].outputs = [v4.new_output("stream", text="16\n")]
+    cells[4].metadata = {"tags": ["nbval-check-output"]}
+    cells.insert(4, v4.new_markdown_cell("What the figure shows."))
+    cells.insert(6, v4.new_markdown_cell("## Checks"))
+    return run.normalise(v4.new_notebook(cells=[v4.new_markdown_cell(opening), *cells]))
+
+
+def test_a_good_notebook_has_no_problems():
+    assert problems(good()) == []
+
+
+SPOILED = {
+    "title": lambda n: n.cells[0].update(source=n.cells[0].source[2:]),
+    "cite": lambda n: n.cells[0].update(source=n.cells[0].source.replace("arXiv", "")),
+    "lacks the heading": lambda n: n.cells[0].update(source="# T arXiv\n## What you need"),
+    "0 cells are tagged": lambda n: n.cells[2].update(metadata={}),
+    "2 cells are tagged": lambda n: n.cells[1].update(metadata={"tags": ["parameters"]}),
+    "annotated assign": lambda n: n.cells[2].update(source="rank = 16"),
+    "followed by check_parameters": lambda n: n.cells[3].update(source="pass"),
+    "heading Checks": lambda n: n.cells.pop(7),
+    "does not assert_allclose": lambda n: n.cells[8].update(source="assert rank == 16"),
+    "in order": lambda n: n.cells[4].update(execution_count=9),
+    "executed once": lambda n: n.cells[4].update(execution_count=None),
+    "no outputs": lambda n: [cell.update(outputs=[]) for cell in n.cells if "outputs" in cell],
+    "tagged nbval-check-output": lambda n: n.cells[6].update(metadata={}),
+    "metadata": lambda n: n.cells[4].update(metadata={"papermill": {"duration": 3}}),
+    "run is stored": lambda n: n.metadata.update(papermill={}),
+    "stderr": lambda n: n.cells[1].outputs.append(
+        nbformat.v4.new_output("stream", name="stderr", text="warning")
+    ),
+    "15 lines": lambda n: n.cells[4].update(source="a = 1\n" * 16),
+    "function f has": lambda n: n.cells[4].update(source="def f():\n" + "    a = 1\n" * 5),
+    "path of one": lambda n: n.cells[4].update(source="open('/home/me/x')"),
+    "of one machine": lambda n: n.cells[6].outputs[0].update(text="wrote /opt/x\n"),
+    "address": lambda n: n.cells[6].outputs[0].update(text="<object at 0x7f00>"),
+    "40 lines": lambda n: n.cells[6].outputs[0].update(text="1\n" * 41),
+    "error is stored": lambda n: n.cells[1].outputs.append(
+        nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])
+    ),
+    "followed by its reading": lambda n: n.cells.pop(5),
+}
+
+
+@pytest.mark.parametrize("words", SPOILED)
+def test_each_rule_finds_what_it_is_there_for(words):
+    notebook = good()
+    SPOILED[words](notebook)
+    assert any(words in problem for problem in problems(notebook)), problems(notebook)
+
+
+def test_there_are_notebooks_numbered_from_00():
+    numbers = [int(path.name[:2]) for path in NOTEBOOKS]
+    assert numbers == list(range(len(numbers)))
+    assert len(numbers) >= 4
+
+
+@notebooks
+def test_structure(path):
+    assert problems(read(path)) == []
+
+
+# --- runs with other parameters ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A Llama of four small layers, as transformers saves it; 210 distances over all pairs."""
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    set_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, num_hidden_layers=4)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Figures and cache in folders of the test: nothing in the checkout changes."""
+    for name in ("FIGURES", "CACHE"):
+        monkeypatch.setenv(f"WDLIB_{name}", str(tmp_path / name.lower()))
+        monkeypatch.setattr(paths, name, tmp_path / name.lower())
+    return tmp_path
+
+
+def other_parameters(path, **given):
+    """Those of the given parameters that the notebook has."""
+    return {name: value for name, value in given.items() if name in run.declared_parameters(path)}
+
+
+@notebooks
+def test_other_model_and_rank(path, tiny_model, elsewhere):
+    given = other_parameters(path, model=str(tiny_model), precise=str(tiny_model), rank=8)
+    assert "model" in given
+    output = elsewhere / "out.ipynb"
+    run.run_notebook(path, given, output=output)
+    code = [cell for cell in read(output).cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+
+
+def refused(path, folder, given):
+    """What `wdlib run` says of wrong parameters: one line, after which nothing is left behind."""
+    output = folder / "out.ipynb"
+    pairs = [word for name, value in given.items() for word in ("-p", f"{name}={value}")]
+    done = subprocess.run(
+        [sys.executable, "-m", "wdlib.cli", "run", str(path), *pairs, "--output", str(output)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=os.environ,
+    )
+    assert done.returncode == 1, done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("cell ")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("wdlib: ")
+    assert [file for file in folder.rglob("*") if file.is_file()] == []
+    return lines[0]
+
+
+@notebooks
+def test_an_unknown_parameter_is_refused(path, elsewhere):
+    assert "unknown parameter 'modle', did you mean 'model'?" in refused(
+        path, elsewhere, {"modle": "x"}
+    )
+
+
+@notebooks
+def test_a_parameter_of_the_wrong_type_is_refused(path, elsewhere):
+    given = other_parameters(path, rank="many")
+    if not given:
+        pytest.skip("this notebook has no rank")
+    assert "parameter 'rank' must be of type int, but is 'many'" in refused(path, elsewhere, given)
+
+
+@notebooks
+def test_an_unknown_model_is_refused(path, elsewhere):
+    assert "no-such-model" in refused(path, elsewhere, {"model": "no-such-model"})
+
+
+@notebooks
+def test_a_rank_too_large_is_refused(path, tiny_model, elsewhere):
+    given = other_parameters(path, model=str(tiny_model), precise=str(tiny_model), rank=33)
+    if "rank" not in given:
+        pytest.skip("this notebook has no rank")
+    line = refused(path, elsewhere, given)
+    assert "33" in line
+    assert "32" in line  # the largest rank that the tiny model's k and v allow

@@ -1,0 +1,217 @@
+"""One function per figure: each takes a tidy table (and an Axes), draws it, returns the Axes.
+
+Notebooks alone import this module. What a figure shows is what its table holds; `save` writes both.
+"""
+
+import os
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from IPython.display import HTML
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from wdlib import TYPES, fits, models, paper, paths
+
+COLORS = {
+    "q": "#1b4f8a",
+    "k": "#3f86c4",
+    "v": "#8db9dd",
+    "o": "#5f5f8f",
+    "gate": "#a34a00",
+    "up": "#e07b1a",
+    "down": "#f2b366",
+}
+"""Attention in blues, MLP in oranges."""
+
+INK, ACCENT = "#222222", "#c0392b"
+ESTIMATOR_COLORS = {"csn": ACCENT, "full": "#2e7d4f", "loglog": "#7b5ea7"}
+
+
+def set_style() -> None:
+    """Use the project's matplotlib style in this session."""
+    plt.style.use(paths.STYLE)
+
+
+def folder(model: str, rank: int) -> Path:
+    """Where a notebook's figures go: figures/ for the default run, a folder of their own else."""
+    if (model, rank) == (models.DEFAULT, paper.RANKS[0]):
+        return paths.FIGURES
+    return paths.FIGURES / "other" / f"{Path(model).stem}-r{rank}"
+
+
+def save(figure: Figure, name: str, data: pd.DataFrame, folder: Path) -> None:
+    """Write figure `name` as svg and png, and the table that it draws as csv.
+
+    The same figure gives the same bytes: no dates, no versions, six significant digits in the csv.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    writers = {
+        "svg": lambda path: figure.savefig(path, format="svg", metadata={"Date": None}),
+        "png": lambda path: figure.savefig(path, format="png", metadata={"Software": None}),
+        "csv": lambda path: data.to_csv(
+            path, index=False, float_format="%.6g", lineterminator="\n"
+        ),
+    }
+    for suffix, write in writers.items():
+        part = folder / f"{name}.{os.getpid()}.part"
+        write(part)
+        os.replace(part, folder / f"{name}.{suffix}")
+
+
+def value_density(data: pd.DataFrame, ax: Axes) -> Axes:
+    """Densities of weight values: columns type, value, density; a Gaussian of equal width dashed.
+
+    The values of each type are in units of that type's standard deviation.
+    """
+    for kind, rows in data.groupby("type", sort=False):
+        shown = rows[rows.density > 0]
+        ax.plot(shown.value, shown.density, color=COLORS[kind], label=kind)
+    grid = np.linspace(-5, 5, 201)
+    ax.plot(
+        grid, np.exp(-(grid**2) / 2) / np.sqrt(2 * np.pi), "--", color=INK, lw=1, label="normal"
+    )
+    ax.set(yscale="log", xlabel="value / standard deviation", ylabel="density", ylim=(1e-7, 3))
+    ax.legend(ncols=2, loc="upper right", handlelength=1.2)
+    return ax
+
+
+def singular_values(data: pd.DataFrame, ax: Axes) -> Axes:
+    """Spectra of one type, one line per layer: columns layer, index (from 1), relative."""
+    layers = data.layer.unique()
+    shades = sns.color_palette("viridis", len(layers))
+    for shade, (_, rows) in zip(shades, data.groupby("layer"), strict=True):
+        ax.plot(rows["index"], rows.relative, color=shade, lw=0.8)
+    ax.set_ylim(0, 1.03)
+    return ax
+
+
+def distance_matrix(data: pd.DataFrame, ax: Axes) -> Axes:
+    """All distances between singular value vectors as a picture.
+
+    data: square, its index the type of each row; rows of a type stand together, layers ascending.
+    """
+    square = data.to_numpy()
+    shown = np.log10(np.where(square > 0, square, np.nan))
+    image = ax.imshow(shown, cmap="viridis", interpolation="nearest", vmin=-5, vmax=-0.5)
+    kinds = data.index.to_numpy()
+    starts = [int(np.flatnonzero(kinds == kind)[0]) for kind in pd.unique(kinds)]
+    for edge in starts[1:]:
+        ax.axhline(edge - 0.5, color="white", lw=0.8)
+        ax.axvline(edge - 0.5, color="white", lw=0.8)
+    middle = [(a + b) / 2 for a, b in zip(starts, [*starts[1:], len(kinds)], strict=True)]
+    ax.set_xticks(middle, pd.unique(kinds))
+    ax.set_yticks(middle, pd.unique(kinds))
+    ax.tick_params(length=0)
+    ax.grid(False)
+    bar = ax.figure.colorbar(image, ax=ax, extend="both", shrink=0.9)
+    bar.set_label("cosine distance, log10")
+    return ax
+
+
+def histogram(distances: np.ndarray, ax: Axes, *, bins_per_decade: int = 10) -> pd.DataFrame:
+    """Log-binned density of distances on log axes; returns the table that it drew."""
+    distances = distances[distances > 0]
+    low, high = np.log10(distances.min()), np.log10(distances.max())
+    edges = np.logspace(low, high, max(2, int((high - low) * bins_per_decade) + 1))
+    counts, edges = np.histogram(distances, edges)
+    density = counts / (len(distances) * np.diff(edges))
+    ax.stairs(density, edges, fill=True, color=COLORS["v"], ec=COLORS["q"], lw=0.8, baseline=0)
+    ax.set(xscale="log", yscale="log", xlabel="cosine distance", ylabel="density")
+    return pd.DataFrame({"from": edges[:-1], "to": edges[1:], "density": density})
+
+
+def ccdf_table(distances: np.ndarray, points: int = 400) -> pd.DataFrame:
+    """The complementary distribution at up to `points` values evenly spread in log x, and all of
+    the 100 largest, where single distances are visible."""
+    x, p = fits.ccdf(distances)
+    x, p = x[x > 0], p[x > 0]
+    kept = np.unique(np.searchsorted(x, np.geomspace(x[0], x[-1], points)))
+    kept = np.union1d(np.minimum(kept, len(x) - 1), np.arange(max(0, len(x) - 100), len(x)))
+    return pd.DataFrame({"distance": x[kept], "ccdf": p[kept]})
+
+
+def ccdf(data: pd.DataFrame, ax: Axes, *, color: str = INK, label: str | None = None) -> Axes:
+    """A complementary distribution on log axes: columns distance, ccdf."""
+    ax.plot(data.distance, data.ccdf, drawstyle="steps-post", color=color, label=label)
+    ax.set(xscale="log", yscale="log", xlabel="cosine distance x", ylabel="share of distances ≥ x")
+    return ax
+
+
+def fitted(fit: fits.PowerLawFit, ax: Axes, high: float, *, color: str, label: str) -> Axes:
+    """The complementary distribution of a fitted law, dashed, from its xmin up to `high`."""
+    x = np.geomspace(fit.xmin, min(high, fit.xmax), 200)
+    y = fits.power_law_ccdf(fit, x)
+    ax.plot(x[y > 0], y[y > 0], "--", color=color, label=label)
+    return ax
+
+
+def errors(data: pd.DataFrame, ax: Axes) -> Axes:
+    """Relative errors by method, a point per matrix: columns method, error, matrices."""
+    sns.stripplot(
+        data, x="error", y="method", hue="matrices", ax=ax, size=3, alpha=0.7, jitter=0.25,
+        palette=[COLORS["q"], COLORS["up"]], dodge=True, log_scale=True,
+    )  # fmt: skip
+    ax.set(xlabel="largest relative error of the values", ylabel="")
+    ax.legend(title=None, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return ax
+
+
+def before_after(data: pd.DataFrame, ax: Axes) -> Axes:
+    """Distances before and after a change of the weights: columns before, after."""
+    ax.plot(data.before, data.after, ".", color=COLORS["q"], ms=2.5, alpha=0.6)
+    ends = [data.to_numpy().min(), data.to_numpy().max()]
+    ax.plot(ends, ends, color=ACCENT, lw=1)
+    ax.set(xscale="log", yscale="log", aspect="equal")
+    return ax
+
+
+def relative_change(data: pd.DataFrame, ax: Axes) -> Axes:
+    """Relative change of singular values by index: columns type, index, relative change."""
+    for kind, rows in data.groupby("type", sort=False):
+        shift = (list(TYPES).index(kind) - 3) * 0.1
+        ax.plot(
+            rows["index"] + shift, 100 * rows["relative change"], ".", color=COLORS[kind], ms=3,
+            label=kind,
+        )  # fmt: skip
+    ax.axhline(0, color=INK, lw=0.8)
+    low, high = ax.get_ylim()
+    ax.set(xlabel="index i", ylabel="relative change, %", ylim=(low, high + 0.25 * (high - low)))
+    ax.legend(ncols=4, loc="upper left", markerscale=2, handletextpad=0.1, columnspacing=0.8)
+    return ax
+
+
+def layer_legend(ax: Axes, layers: int) -> Axes:
+    """An Axes given over to the colour scale of `singular_values`."""
+    ax.set_axis_off()
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, max(layers - 1, 1)), "viridis")
+    bar = ax.figure.colorbar(scale, cax=ax.inset_axes([0.1, 0.05, 0.12, 0.9]))
+    bar.set_label("layer")
+    return ax
+
+
+def intervals(draws: pd.DataFrame, estimates: dict[str, float], ax: Axes) -> Axes:
+    """Resampled exponents, a column of `draws` per estimator, with 95 % bar and the estimate."""
+    for row, (name, estimate) in enumerate(estimates.items()):
+        spread = row + np.linspace(-0.25, 0.25, len(draws))
+        ax.plot(draws[name], spread, ".", color=ESTIMATOR_COLORS[name], ms=2, alpha=0.5)
+        ax.plot(draws[name].quantile([0.025, 0.975]), [row, row], color=INK, lw=2)
+        ax.plot(estimate, row, "X", color="white", mec=INK, ms=7)
+    ax.set_yticks(range(len(estimates)), list(estimates))
+    ax.set(xscale="log", xlabel="α, exponent of the density")
+    ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10, 20, 50) if draws.min().min() / 2 < t]
+    ax.set_xticks([t for t in ticks if t < 2 * draws.max().max()])
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_locator(plt.NullLocator())
+    ax.invert_yaxis()
+    return ax
+
+
+def text_table(table: pd.DataFrame) -> HTML:
+    """A table of sentences for a notebook: aligned to the left, without row numbers."""
+    style = table.style.hide(axis="index").set_properties(**{"text-align": "left"})
+    header = [{"selector": "th", "props": "text-align: left"}]
+    return HTML(style.set_table_styles(header).to_html(table_uuid="text"))

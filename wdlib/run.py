@@ -1,0 +1,388 @@
+"""Strict notebook runs: papermill, but a wrong parameter is an error, a result whole or absent.
+
+A notebook declares its parameters in one cell tagged `parameters`, each with its type
+(`rank: int = 16`), and calls `check_parameters(globals())` in the next cell. papermill, papermill's
+kernel and nbformat are imported where they are used.
+"""
+
+import ast
+import builtins
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from subprocess import DEVNULL
+from types import NoneType, UnionType
+from typing import Any, TextIO, Union, get_args, get_origin
+
+from wdlib import WdlibError, paths
+
+_KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+
+
+def check_parameters(namespace: Mapping[str, Any]) -> None:
+    """Refuse a notebook's parameters where one is unknown or of the wrong type.
+
+    Called in a notebook as `check_parameters(globals())`, straight after the parameters cell. The
+    annotations in that cell say what is allowed; the cell that papermill injects after it, which
+    the kernel's input history holds, says what was given. Without such a cell (JupyterLab, default
+    run) the types alone are checked, so names that other cells define never matter.
+
+    Raises: WdlibError that names the parameter, and what is known or expected.
+    """
+    declared = namespace.get("__annotations__", {})
+    names = [*declared, *_injected(namespace.get("In", []))]
+    _check(declared, {name: namespace[name] for name in names if name in namespace})
+
+
+def declared_parameters(notebook: str | Path) -> dict[str, Any]:
+    """Name and type of every parameter of a notebook, read from its `parameters` cell unexecuted.
+
+    Raises: WdlibError where the file is no notebook or has no such cell.
+    """
+    tagged = [c for c in _read(notebook).cells if "parameters" in c.metadata.get("tags", [])]
+    if len(tagged) != 1:
+        raise WdlibError(
+            f"{Path(notebook).name} has {len(tagged)} cells tagged `parameters`: tag exactly one"
+        )
+    return {
+        node.target.id: eval(ast.unparse(node.annotation), vars(builtins).copy())
+        for node in ast.parse(tagged[0].source).body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
+def parameters_from_text(notebook: str | Path, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Parameter values from what was typed on a command line, read by each parameter's type.
+
+    A text stays what it is where the parameter takes a string (a model called "1"), and where it
+    reads as nothing else; whether it fits is for `run_notebook` to say.
+    """
+    declared = declared_parameters(notebook)
+    return {name: _value(text, declared.get(name, str)) for name, text in texts.items()}
+
+
+def find_notebook(name: str | Path) -> Path:
+    """The notebook of that path, or the numbered one whose name starts with it ("03").
+
+    Raises: WdlibError for no match, or several.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    found = [path for path in _numbered() if path.name.startswith(str(name))]
+    if len(found) != 1:
+        known = ", ".join(path.stem for path in found or _numbered())
+        raise WdlibError(f"no single notebook is called {str(name)!r}: choose one of {known}")
+    return found[0]
+
+
+def run_notebook(
+    notebook: str | Path,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    output: str | Path,
+    on_cell: Callable[[int, int], None] | None = None,
+) -> None:
+    """Run a notebook in its folder with the running interpreter, and write it with its outputs.
+
+    Names and types of `parameters` are checked before anything runs. `on_cell(i, n)` is called as
+    cell i of n starts. What is written is normalised (see `normalise`), by a rename, and only if
+    every cell ran; the copy of a failed run goes to the cache.
+
+    Raises: WdlibError with the message of the notebook's own WdlibError, or with the notebook, the
+    number of the cell that failed and the error's message.
+    """
+    notebook, output, parameters = Path(notebook), Path(output).absolute(), dict(parameters or {})
+    _check(declared_parameters(notebook), parameters)
+    failed = paths.CACHE / "executed" / f"{notebook.stem}.failed.ipynb"
+    failed.parent.mkdir(parents=True, exist_ok=True)
+    executed = _execute(notebook, parameters, failed, on_cell)
+    failed.unlink(missing_ok=True)
+    _write_notebook(normalise(executed), output)
+
+
+def figures(
+    *, only: str | None = None, force: bool = False, progress: "Progress | None" = None
+) -> None:
+    """Run every numbered notebook whose figures are out of date (or all with `force`).
+
+    Figures are out of date when a notebook's source, the package, the lock file, the catalogue or
+    the stored spectra have changed since they were drawn, or when a figure itself has changed or
+    gone. The executed copies go to the cache. `only` narrows to notebooks whose name starts so.
+
+    Raises: WdlibError as `run_notebook` does, at the first notebook that fails.
+    """
+    progress = progress or Progress(None)
+    for label, notebook in _labelled(only):
+        if not force and _recorded(notebook) == _state(notebook):
+            progress.line(f"{notebook.stem}: up to date")
+        else:
+            _draw(notebook, paths.CACHE / "executed" / notebook.name, progress, label)
+
+
+def refresh(*, only: str | None = None, progress: "Progress | None" = None) -> None:
+    """Run the numbered notebooks and store the outputs in them, normalised.
+
+    Raises: WdlibError as `run_notebook` does; the notebook that fails stays as it was.
+    """
+    for label, notebook in _labelled(only):
+        _draw(notebook, notebook, progress or Progress(None), label)
+
+
+def normalise(notebook):
+    """The notebook without what differs from run to run or from machine to machine; in place.
+
+    Kept: sources, tags, execution counts, outputs. Dropped: all other metadata (papermill's times,
+    the kernel's version) and whatever was written to stderr (progress bars).
+    """
+    notebook.metadata = {"kernelspec": dict(_KERNELSPEC), "language_info": {"name": "python"}}
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags")
+        cell.metadata = {"tags": list(tags)} if tags else {}
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    return notebook
+
+
+class Progress:
+    """Says on a stream what is running, and for how long.
+
+    On a terminal one line is rewritten; elsewhere (a log) a line is added, at most one in five
+    seconds. Without a stream it is silent.
+    """
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream
+        self._terminal = stream is not None and stream.isatty()
+        self._start = time.monotonic()
+        self._last = -float("inf")
+
+    def line(self, text: str) -> None:
+        """Say something that stays."""
+        if self._stream is not None:
+            self._stream.write(f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
+            self._stream.flush()
+
+    def step(self, text: str) -> None:
+        """Say something that the next step may replace, with the time since the start."""
+        now = time.monotonic()
+        minutes, seconds = divmod(int(now - self._start), 60)
+        text = f"{text}, {minutes}:{seconds:02d} elapsed"
+        if self._terminal:
+            self._stream.write(f"\r\x1b[K{text}")
+            self._stream.flush()
+        elif now - self._last >= 5:
+            self._last = now
+            self.line(text)
+
+
+def _execute(notebook: Path, parameters: dict, failed: Path, on_cell: Callable | None):
+    """Run a notebook through papermill: return it with outputs, or leave it at `failed`."""
+    import papermill
+    from nbclient.exceptions import CellControlSignal, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    source = _read(notebook)
+    total = len(source.cells) + bool(parameters)
+
+    def cell_starts(cell, cell_index):
+        if on_cell is not None:
+            on_cell(cell_index + 1, total)
+
+    try:
+        return papermill.execute_notebook(
+            source,
+            str(failed),
+            parameters,
+            cwd=notebook.absolute().parent,
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            request_save_on_cell_execute=False,
+            kernel_manager_class=_this_interpreter(),
+            on_cell_start=cell_starts,
+            coalesce_streams=True,
+        )
+    except PapermillExecutionError as error:
+        if error.ename == "WdlibError":
+            failed.unlink(missing_ok=True)
+            raise WdlibError(error.evalue) from None
+        what = f"{error.ename}: {error.evalue.strip()}".splitlines()[0].rstrip(": ")
+        raise WdlibError(
+            f"{notebook.name} stopped in cell [{error.exec_count}] with {what}; "
+            f"the copy with its traceback is {failed}"
+        ) from None
+    except (DeadKernelError, CellControlSignal, RuntimeError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise WdlibError(
+            f"the kernel of {notebook.name} stopped ({what}): most often memory ran out"
+        ) from None
+
+
+def _this_interpreter() -> type:
+    """A kernel manager that starts this very interpreter, whatever the user calls `python3`."""
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from traitlets import default
+
+    class ThisInterpreter(KernelSpecManager):
+        def get_kernel_spec(self, kernel_name):
+            return KernelSpec(**get_kernel_dict())
+
+    class Manager(AsyncKernelManager):
+        @default("kernel_spec_manager")
+        def _this_interpreter(self):
+            return ThisInterpreter(parent=self)
+
+        async def start_kernel(self, **options):
+            # What the cells write to stderr comes over the channels. Left on the process's own
+            # stderr are the debugger's and the transport's start-up notices.
+            return await super().start_kernel(stderr=DEVNULL, **options)
+
+    return Manager
+
+
+def _check(declared: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise WdlibError for a given name that is not declared, or a value not of its type."""
+    for name, value in given.items():
+        if name not in declared:
+            close = get_close_matches(name, declared, n=1)
+            hint = f", did you mean {close[0]!r}?" if close else ":"
+            known = ", ".join(declared) or "none"
+            raise WdlibError(f"unknown parameter {name!r}{hint} The notebook's are: {known}")
+        if not _fits(value, declared[name]):
+            expected = getattr(declared[name], "__name__", None)
+            if get_origin(declared[name]) is not None or expected is None:
+                expected = str(declared[name])
+            raise WdlibError(
+                f"parameter {name!r} must be of type {expected}, "
+                f"but is {value!r} of type {type(value).__name__}"
+            )
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value that came through JSON is of an annotated type; an int is a float too."""
+    origin = get_origin(annotation)
+    if annotation is None or annotation is NoneType:
+        return value is None
+    if origin in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(annotation))
+    if origin is list:
+        return isinstance(value, list) and all(_fits(v, get_args(annotation)[0]) for v in value)
+    if isinstance(value, bool):
+        return annotation is bool
+    if annotation is float:
+        return isinstance(value, int | float)
+    return isinstance(value, origin or annotation)
+
+
+def _value(text: str, annotation: Any) -> Any:
+    if _fits(text, annotation):
+        return text
+    try:
+        return ast.literal_eval(text.title() if text.lower() in ("true", "false", "none") else text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _injected(history: list[str]) -> list[str]:
+    """The names that papermill's injected cell assigns, from the kernel's input history."""
+    cells = [source for source in history if source.startswith("# Parameters\n")]
+    if not cells:
+        return []
+    targets = (n.targets[0] for n in ast.parse(cells[-1]).body if isinstance(n, ast.Assign))
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _numbered() -> list[Path]:
+    return sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+
+
+def _labelled(only: str | None) -> Iterator[tuple[str, Path]]:
+    """The numbered notebooks whose name starts with `only`, each with its place in the row."""
+    chosen = [path for path in _numbered() if path.name.startswith(only or "")]
+    if not chosen:
+        raise WdlibError(f"no notebook in {paths.NOTEBOOKS} starts with {only or 'two digits'!r}")
+    for place, path in enumerate(chosen, start=1):
+        yield f"notebook {place} of {len(chosen)}, {path.stem}", path
+
+
+def _draw(notebook: Path, output: Path, progress: Progress, label: str) -> None:
+    """Run one notebook with its defaults and record what it drew from what."""
+    sources = _sources(notebook)
+
+    def cell_starts(index: int, total: int) -> None:
+        progress.step(f"{label}, cell {index} of {total}")
+
+    start = time.monotonic()
+    run_notebook(notebook, output=output, on_cell=cell_starts)
+    drawn = _figures(notebook)
+    record = _record(notebook)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    _write_text(json.dumps({"sources": sources, "figures": drawn}, indent=1), record)
+    seconds = time.monotonic() - start
+    progress.line(f"{notebook.stem}: run in {seconds:.0f} s, {len(drawn)} figure files")
+
+
+def _record(notebook: Path) -> Path:
+    return paths.CACHE / "drawn" / f"{notebook.stem}.json"
+
+
+def _recorded(notebook: Path) -> dict | None:
+    try:
+        return json.loads(_record(notebook).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _state(notebook: Path) -> dict:
+    return {"sources": _sources(notebook), "figures": _figures(notebook)}
+
+
+def _figures(notebook: Path) -> dict[str, str]:
+    """Digest of every figure file that carries the notebook's number."""
+    drawn = sorted(paths.FIGURES.glob(f"{notebook.name[:2]}_*"))
+    return {path.name: _digest(path.read_bytes()) for path in drawn if path.is_file()}
+
+
+def _sources(notebook: Path) -> str:
+    """Digest of all that a notebook's figures are drawn from; its stored outputs are not."""
+    package = Path(__file__).parent
+    files = [*package.glob("*.py"), *package.glob("*.mplstyle"), *paths.SPECTRA.glob("*")]
+    files += [path for path in (paths.CATALOGUE, paths.ROOT / "requirements.lock") if path.exists()]
+    cells = [(cell.cell_type, cell.source) for cell in _read(notebook).cells]
+    parts = [(path.name, _digest(path.read_bytes())) for path in sorted(files) if path.is_file()]
+    return _digest(json.dumps([cells, parts]).encode())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read(notebook: str | Path):
+    import nbformat
+
+    try:
+        return nbformat.read(notebook, as_version=4)
+    except FileNotFoundError:
+        raise WdlibError(f"there is no notebook {notebook}") from None
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError):
+        raise WdlibError(f"{notebook} is not a Jupyter notebook") from None
+
+
+def _write_notebook(notebook, path: Path) -> None:
+    import nbformat
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_text(nbformat.writes(notebook) + "\n", path)
+
+
+def _write_text(text: str, path: Path) -> None:
+    """Write a file whole: beside its place first, then renamed into it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
