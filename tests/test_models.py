@@ -55,7 +55,7 @@ def test_catalogue_is_well_formed():
         assert model.sources[-1].kind == "hub"
         for source in model.sources[:-1]:
             assert source.kind == "wheel"
-            assert source.file.endswith(".gguf")
+            assert source.file.endswith((".gguf", ".safetensors"))
             assert source.quantisation
             assert source.packages
             for digest in (source.sha256, *(package.sha256 for package in source.packages)):
