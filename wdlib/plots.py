@@ -9,7 +9,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -151,12 +150,17 @@ def fitted(fit: fits.PowerLawFit, ax: Axes, high: float, *, color: str, label: s
 
 def errors(data: pd.DataFrame, ax: Axes) -> Axes:
     """Relative errors by method, a point per matrix: columns method, error, matrices."""
-    sns.stripplot(
-        data, x="error", y="method", hue="matrices", ax=ax, size=3, alpha=0.7, jitter=0.25,
-        palette=[COLORS["q"], COLORS["up"]], dodge=True, log_scale=True,
-    )  # fmt: skip
-    ax.set(xlabel="largest relative error of the values", ylabel="")
-    ax.legend(title=None, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    methods, kinds = list(data.method.unique()), list(data.matrices.unique())
+    for kind, color, side in zip(kinds, (COLORS["q"], COLORS["up"]), (-0.2, 0.2), strict=True):
+        for row, method in enumerate(methods):
+            shown = data.error[(data.method == method) & (data.matrices == kind)]
+            spread = row + side + np.linspace(-0.13, 0.13, len(shown))
+            label = kind if row == 0 else None
+            ax.plot(shown, spread, "o", color=color, alpha=0.7, mew=0, label=label)
+    ax.set_yticks(range(len(methods)), methods)
+    ax.invert_yaxis()
+    ax.set(xscale="log", xlabel="largest relative error of the values")
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return ax
 
 
