@@ -475,21 +475,14 @@ def _block_lanczos(G: np.ndarray, r: int) -> tuple[np.ndarray, float] | None:
 
 
 def _gram_apply(W: np.ndarray, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """W^T X and W W^T X in float64; W is converted piece by piece along its contiguous axis."""
+    """W^T X and W W^T X in float64; W is converted once, some columns at a time."""
     n, m = W.shape
-    Z, Y = np.zeros((m, X.shape[1])), np.zeros((n, X.shape[1]))
-    across = W.flags.f_contiguous
-    step = max(1, CHUNK_BYTES // (8 * (n if across else m)))
-    if across:
-        for i in range(0, m, step):
-            piece = W[:, i : i + step].astype(np.float64)
-            Z[i : i + step] = piece.T @ X
-            Y += piece @ Z[i : i + step]
-        return Z, Y
-    for i in range(0, n, step):
-        Z += W[i : i + step].astype(np.float64).T @ X[i : i + step]
-    for i in range(0, n, step):
-        Y[i : i + step] = W[i : i + step].astype(np.float64) @ Z
+    Z, Y = np.empty((m, X.shape[1])), np.zeros((n, X.shape[1]))
+    step = max(1, CHUNK_BYTES // (8 * n))
+    for j in range(0, m, step):
+        piece = W[:, j : j + step].astype(np.float64)
+        Z[j : j + step] = piece.T @ X
+        Y += piece @ Z[j : j + step]
     return Z, Y
 
 
