@@ -311,6 +311,7 @@ def run(command: list[str]) -> Process:
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     environment = {k: v for k, v in os.environ.items() if k not in disturbing}
     environment |= dict.fromkeys(threads, "1") | {"HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(paths.ROOT)  # WeightWatcher's environment has no wdlib
     with tempfile.TemporaryFile() as said:
         start = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
