@@ -62,6 +62,11 @@ def save(figure: Figure, name: str, data: pd.DataFrame, folder: Path) -> None:
         os.replace(part, folder / f"{name}.{suffix}")
 
 
+def shades(n: int) -> list:
+    """n colours for an ordered quantity, dark to bright."""
+    return sns.color_palette("viridis", n)
+
+
 def value_density(data: pd.DataFrame, ax: Axes) -> Axes:
     """Densities of weight values: columns type, value, density; a Gaussian of equal width dashed.
 
@@ -81,9 +86,8 @@ def value_density(data: pd.DataFrame, ax: Axes) -> Axes:
 
 def singular_values(data: pd.DataFrame, ax: Axes) -> Axes:
     """Spectra of one type, one line per layer: columns layer, index (from 1), relative."""
-    layers = data.layer.unique()
-    shades = sns.color_palette("viridis", len(layers))
-    for shade, (_, rows) in zip(shades, data.groupby("layer"), strict=True):
+    layers = data.groupby("layer")
+    for shade, (_, rows) in zip(shades(layers.ngroups), layers, strict=True):
         ax.plot(rows["index"], rows.relative, color=shade, lw=0.8)
     ax.set_ylim(0, 1.03)
     return ax
