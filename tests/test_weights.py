@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import transformers
 from gguf import GGMLQuantizationType as Quant
@@ -839,3 +840,55 @@ def test_gguf_type_that_cannot_be_dequantised(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", "qwen2", tensors)
     with pytest.raises(WdlibError, match=r"blk\.1\.ffn_up\.weight .* is stored as I32"):
         weights.projections(path)
+
+
+# --- values and requantisation ------------------------------------------------------------------
+
+
+def test_value_distributions_have_the_moments_of_all_layers_together(tmp_path):
+    rng = np.random.default_rng(0)
+    layers = [rng.laplace(0.3, 1.0 + layer, (64, 64)).astype(np.float32) for layer in range(3)]
+    save_llama(tmp_path / "model.safetensors", layers)
+    found = weights.value_distributions(tmp_path / "model.safetensors", reach=40)
+    together = np.concatenate([matrix.ravel() for matrix in layers]).astype(np.float64)
+    for v in found.values():
+        assert v.n == together.size
+        assert v.mean == pytest.approx(together.mean())
+        assert v.standard_deviation == pytest.approx(together.std())
+        assert v.excess_kurtosis == pytest.approx(scipy.stats.kurtosis(together))
+        width = v.centres[1] - v.centres[0]
+        assert (v.density * width).sum() == pytest.approx(1)
+        assert (v.density * width * v.centres**2).sum() == pytest.approx(1, abs=0.01)
+
+
+def save_llama(path, layers):
+    """A checkpoint with Llama's names whose seven matrices per layer are one and the same."""
+    attention = [f"self_attn.{kind}_proj" for kind in "qkvo"]
+    names = [*attention, *(f"mlp.{kind}_proj" for kind in ("gate", "up", "down"))]
+    tensors = {
+        f"model.layers.{layer}.{name}.weight": matrix
+        for layer, matrix in enumerate(layers)
+        for name in names
+    }
+    save_file(tensors, path)
+
+
+def test_requantising_is_what_gguf_does_and_keeps_the_rest():
+    matrix = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    before = weights.Projection(3, "up", "some.weight", matrix)
+    after = weights.requantise(before, "Q4_1")
+    kind = Quant.Q4_1
+    expected = gguf.quants.dequantize(gguf.quants.quantize(matrix, kind), kind)
+    np.testing.assert_array_equal(after.matrix, expected)
+    assert (after.layer, after.type, after.name) == (3, "up", "some.weight")
+    again = weights.requantise(after, "Q4_1").matrix
+    step = np.ptp(matrix.reshape(-1, 32), axis=1).max() / 15
+    assert 0 < np.abs(after.matrix - matrix).max() < 0.52 * step
+    assert np.abs(again - after.matrix).max() < 0.01 * step
+
+
+@pytest.mark.parametrize(("columns", "kind"), [(33, "Q4_1"), (64, "Q4_K"), (64, "nonsense")])
+def test_requantising_refuses_what_cannot_be_stored(columns, kind):
+    p = weights.Projection(0, "q", "some.weight", np.zeros((2, columns), np.float32))
+    with pytest.raises(WdlibError, match=f"some.weight.*{kind}"):
+        weights.requantise(p, kind)
