@@ -1,5 +1,7 @@
 """wdlib.fits: the reference library, planted truth, closed forms. And wdlib.paper: well-formed."""
 
+import importlib.util
+import time
 import warnings
 
 import numpy as np
@@ -8,8 +10,18 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 from scipy.integrate import quad
 
-from wdlib import TYPES, WdlibError, fits, paper
-from wdlib.fits import ccdf, fit_full, fit_loglog, fit_power_law, power_law_ccdf
+from wdlib import TYPES, WdlibError, fits, paper, paths
+from wdlib.fits import (
+    alpha_by_xmin,
+    ccdf,
+    fit_full,
+    fit_loglog,
+    fit_power_law,
+    goodness_of_fit,
+    goodness_of_fit_vectors,
+    power_law_ccdf,
+    vector_bootstrap,
+)
 
 
 def pareto(rng: np.random.Generator, n: int, alpha: float) -> np.ndarray:
@@ -256,6 +268,246 @@ def test_the_truncated_law_integrates_its_density(alpha):
 def test_far_tail_of_a_law_is_not_rounded_to_zero():
     fit = fits.PowerLawFit(3.0, 1.0, np.inf, 0.0, 4, 4, 0, None, "csn", False)
     assert_allclose(power_law_ccdf(fit, np.array([1e12])), [1e-24])
+
+
+def product(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Distances between n vectors that are exactly Pareto, ln d_kl = u_k + u_l."""
+    u = rng.gamma(0.5, 1 / 1.5, n)
+    return np.exp(u[:, None] + u)
+
+
+def test_vector_bootstrap_draws_whole_vectors():
+    table = 10.0 * np.arange(5)[:, None] + np.arange(5)
+    table = np.minimum(table, table.T)  # the entry names its pair: 10 * smaller + larger
+    rng = np.random.default_rng(0)
+    draws = []
+    vector_bootstrap(table, lambda d: draws.append(d) or 0.0, replicates=200, rng=rng)
+    for drawn in draws:
+        first, second = np.divmod(drawn, 10)
+        assert (first != second).all()
+        present = np.unique([first, second])
+        pairs, counts = np.unique(drawn, return_counts=True)
+        assert pairs.size == present.size * (present.size - 1) // 2
+        # how often each vector was drawn explains how often each pair occurs
+        if pairs.size == 1:
+            assert counts[0] in (4, 6)
+    # as in notebook 03: the statistic, the count and the generator decide alone
+    results = [
+        vector_bootstrap(table, np.mean, replicates=9, rng=np.random.default_rng(3))
+        for _ in range(2)
+    ]
+    assert_array_equal(*results)
+
+
+def test_vector_bootstrap_between_two_sets_draws_rows_and_columns_apart():
+    table = 10.0 * np.arange(4)[:, None] + np.arange(7)
+    draws = []
+    vector_bootstrap(
+        table,
+        lambda d: draws.append(d) or 0.0,
+        replicates=100,
+        rng=np.random.default_rng(0),
+        symmetric=False,
+    )
+    for drawn in draws:
+        rows, columns = np.divmod(drawn.reshape(4, 7), 10)
+        assert (rows == rows[:, :1]).all()
+        assert (columns == columns[:1]).all()
+    rows, columns = np.divmod(np.concatenate(draws), 10)
+    assert set(rows) == set(range(4))
+    assert set(columns) == set(range(7))
+    assert any((np.unique(d // 10).size, np.unique(d % 10).size) == (2, 5) for d in draws)
+
+
+def test_vector_bootstrap_spread_is_that_of_the_mean():
+    rng = np.random.default_rng(2)
+    u = rng.normal(size=200)
+    table = u[:, None] + u
+    results = vector_bootstrap(table, np.mean, replicates=400, rng=rng)
+    assert_allclose(results.std(), 2 * u.std() / np.sqrt(200), rtol=0.15)
+
+
+@pytest.mark.parametrize("function", [vector_bootstrap, goodness_of_fit_vectors])
+def test_a_table_must_have_its_shape(function):
+    options = {"replicates": 2}
+    if function is vector_bootstrap:
+        options |= {"statistic": np.mean, "rng": np.random.default_rng(0)}
+    with pytest.raises(WdlibError, match=r"shape \(3, 4\): expected all distances within"):
+        function(np.ones((3, 4)), **options)
+    with pytest.raises(WdlibError, match=r"shape \(4,\)"):
+        function(np.ones(4), symmetric=False, **options)
+
+
+def test_goodness_of_fit_holds_its_size_and_has_power():
+    def rejected(draw) -> float:
+        results = [
+            goodness_of_fit(draw(np.random.default_rng([i, 1])), replicates=39, seed=i)
+            for i in range(60)
+        ]
+        return float(np.mean([result.p <= 0.05 for result in results]))
+
+    # xmin is free, so the test may reject less often than 5 %, never much more
+    assert rejected(lambda rng: pareto(rng, 300, 2.5)) < 0.14
+    assert rejected(lambda rng: np.r_[rng.uniform(0, 1, 100), pareto(rng, 300, 2.5)]) < 0.14
+    # two values that occur very often in the middle of the tail are no power law
+    assert rejected(lambda rng: np.r_[pareto(rng, 300, 2.5), [9.0] * 60, [900.0] * 60]) > 0.9
+
+
+def test_replicates_are_drawn_from_the_law_and_from_the_body(monkeypatch):
+    x = np.r_[0.0, np.full(3000, 0.5), pareto(np.random.default_rng(0), 1000, 2.5)]
+    fit, fit_once = fit_power_law(x), fits.fit_power_law
+    draws = []
+    monkeypatch.setattr(fits, "fit_power_law", lambda d: draws.append(d) or fit_once(d))
+    goodness_of_fit(x, replicates=30)
+    tails = [drawn[drawn >= fit.xmin] for drawn in draws[1:]]
+    assert {drawn.size for drawn in draws[1:]} == {4000}
+    assert all(np.isin(drawn[drawn < fit.xmin], x).all() for drawn in draws[1:])
+    sizes = np.array([tail.size for tail in tails])
+    spread = np.sqrt(4000 * 0.25 * 0.75)
+    assert abs(sizes.mean() - fit.n_tail) < 4 * spread / np.sqrt(30)
+    assert 0.5 * spread < sizes.std() < 1.6 * spread
+    law = stats.pareto(fit.alpha - 1, scale=fit.xmin)
+    assert stats.kstest(np.concatenate(tails), law.cdf).pvalue > 1e-3
+
+
+def test_p_counts_the_data_and_carries_its_error():
+    x = pareto(np.random.default_rng(3), 200, 2.5)
+    result = goodness_of_fit(x, replicates=99, seed=7)
+    assert result == goodness_of_fit(x, replicates=99, seed=7)
+    assert result.p != goodness_of_fit(x, replicates=99, seed=8).p
+    assert_allclose(100 * result.p, np.round(100 * result.p))
+    assert_allclose(result.p_error, np.sqrt(result.p * (1 - result.p) / 99))
+    assert (result.replicates, result.seed, result.method) == (99, 7, "iid")
+    lumps = np.repeat([1.0, 2, 3, 9, 9.1, 50, 51], 100)
+    assert goodness_of_fit(lumps, replicates=99).p == 0.01
+
+
+def test_goodness_of_fit_of_many_values_is_fast():
+    x = pareto(np.random.default_rng(4), 22_000, 2.0)
+    start = time.process_time()
+    goodness_of_fit(x, replicates=40)
+    assert time.process_time() - start < 40 * 60 / 1000
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_vectors_hold_the_size_that_independence_loses(symmetric):
+    def table(i: int) -> np.ndarray:
+        square = product(np.random.default_rng([i, 5]), 60)
+        return square[:24, :24] if symmetric else square[:24, 36:]
+
+    def independent(square: np.ndarray) -> np.ndarray:
+        return square[np.triu_indices(24, 1)] if symmetric else square.ravel()
+
+    tables = [table(i) for i in range(40)]
+    ours = [
+        goodness_of_fit_vectors(t, symmetric=symmetric, replicates=39, seed=i).p <= 0.05
+        for i, t in enumerate(tables)
+    ]
+    theirs = [goodness_of_fit(independent(t), replicates=39).p <= 0.05 for t in tables]
+    assert np.mean(ours) <= 0.16  # binomial: 5 % of 40, three standard errors
+    assert np.mean(theirs) > 0.3
+
+
+def test_independent_distances_keep_their_size_too():
+    rejected = []
+    for i in range(100):
+        values = np.triu(pareto(np.random.default_rng([i, 6]), 576, 2.5).reshape(24, 24), 1)
+        result = goodness_of_fit_vectors(values + values.T, replicates=39, seed=i)
+        rejected.append(result.p <= 0.05)
+    # without the shrinking of the weights it is 0
+    assert 0 < np.mean(rejected) < 0.12
+
+
+def test_vectors_reject_what_is_no_power_law():
+    rng = np.random.default_rng(8)
+    values = pareto(rng, 3600, 2.5)
+    values[:1500] = np.where(np.arange(1500) % 2, 9.0, 900.0)
+    values = rng.permutation(values).reshape(60, 60)
+    result = goodness_of_fit_vectors(values, symmetric=False, replicates=199)
+    assert result.p < 0.05
+    assert result.method == "vectors"
+
+
+def test_shrinking_lies_between_independent_and_shared():
+    rng = np.random.default_rng(9)
+    alone = np.triu(rng.random((60, 60)), 1)
+    assert_allclose(fits._shrink(alone + alone.T, True, 0.0), np.sqrt(1 / 3), atol=0.03)
+    assert_allclose(fits._shrink(rng.random((90, 80)), False, 0.0), np.sqrt(1 / 3), atol=0.03)
+    u = rng.random(60)
+    assert fits._shrink(np.maximum(u[:, None], u), True, 0.0) == 1
+    half = product(rng, 60) + 3 * (alone + alone.T)
+    assert 0.6 < fits._shrink(half, True, 0.0) <= 1
+
+
+def test_weights_have_unit_moments():
+    w = fits._mammen(1_000_000, np.random.default_rng(0))
+    assert (w > 0).all()
+    assert_allclose(w.mean(), 1)
+    assert_allclose([w.var(), ((w - 1) ** 3).mean()], [1, 1], atol=0.02)
+
+
+def test_alpha_by_xmin():
+    rng = np.random.default_rng(12)
+    x = np.r_[rng.uniform(0.1, 1, 2000), pareto(rng, 3000, 2.5), 0.0]
+    scan = alpha_by_xmin(x)
+    assert scan.xmin.size == 50
+    assert (np.diff(scan.xmin) > 0).all()
+    assert scan.xmin[0] == x[x > 0].min()
+    assert scan.n_tail[-1] == 10
+    assert_array_equal(scan.n_tail, [(x >= xmin).sum() for xmin in scan.xmin])
+    for i in (0, 20, 49):
+        full = fit_full(x[x >= scan.xmin[i]])
+        found = [scan.alpha[i], scan.sigma[i], scan.ks[i]]
+        assert_allclose(found, [full.alpha, full.sigma, full.ks])
+    inside = (scan.xmin > 1) & (scan.n_tail > 300)
+    assert (np.abs(scan.alpha - 2.5) < 4 * scan.sigma)[inside].all()
+    assert scan.alpha[0] < 2
+    fit = fit_power_law(x)
+    one = alpha_by_xmin(x, [0.999999 * fit.xmin])  # moved up to the next value
+    assert_allclose([one.xmin[0], one.alpha[0], one.ks[0]], [fit.xmin, fit.alpha, fit.ks])
+    with pytest.raises(WdlibError, match="fewer than three distinct values: the largest"):
+        alpha_by_xmin(x, [1.0, 2 * x.max()])
+
+
+def test_the_measurement_of_sizes_runs_and_goes_on(tmp_path, monkeypatch):
+    path = paths.ROOT / "docs" / "experiments" / "goodness_of_fit_size.py"
+    spec = importlib.util.spec_from_file_location("goodness_of_fit_size", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "SIZES", ((10, None), (8, 9)))
+    out = tmp_path / "results" / "sizes.csv"
+    options = ["--repetitions", "2", "--replicates", "19", "--out", str(out)]
+    module.main(options)
+    rows = module.read(out)
+    assert len(rows) == 2 * sum(len(dependences) for dependences in module.TRUTHS.values())
+    assert {row["distances"] for row in rows} == {"45", "72"}
+    module.write(rows[:-1], out)
+    monkeypatch.setattr(module, "measure", lambda *case: rows[-1] | {"tail_share": "again"})
+    module.main(options)
+    assert module.read(out) == [*rows[:-1], rows[-1] | {"tail_share": "again"}]
+
+
+def test_the_planted_tables_are_what_they_are_said_to_be():
+    path = paths.ROOT / "docs" / "experiments" / "goodness_of_fit_size.py"
+    spec = importlib.util.spec_from_file_location("goodness_of_fit_size", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    laws = {
+        "power law": stats.pareto(module.SHAPE),
+        "lognormal": stats.lognorm(1),
+        "exponential": stats.expon(),
+    }
+    rng = np.random.default_rng(1)
+    for truth, law in laws.items():
+        for dependence in ("ultrametric", "product"):
+            for m in (None, 2):
+                # one distance of each table, so that the draws are independent
+                x = [module.table(truth, dependence, 2, m, rng)[0, 1] for _ in range(2000)]
+                assert stats.kstest(x, law.cdf).pvalue > 1e-3
+    mixed = module.table("power law, body", "product", 400, None, rng)
+    tail = mixed[mixed > 1]
+    assert_allclose(tail.size / mixed.size, 0.4, atol=0.1)
+    assert stats.kstest(rng.choice(tail, 300), stats.pareto(module.SHAPE).cdf).pvalue > 1e-3
 
 
 def test_claims_of_the_papers_are_well_formed():
