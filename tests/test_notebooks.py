@@ -206,14 +206,14 @@ def test_structure(path):
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """A Llama of four small layers, as transformers saves it; 210 distances over all pairs."""
+    """A Llama of six small layers, as transformers saves it."""
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
     set_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads, num_hidden_layers=4)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, num_hidden_layers=6)).save_pretrained(folder)
     return folder
 
 

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 DATA = ROOT / "data"
 SPECTRA = DATA / "spectra"
+RESULTS = DATA / "results"
 CATALOGUE = DATA / "models.toml"
 CACHE = Path(os.environ.get("WDLIB_CACHE", DATA / "cache")).expanduser().absolute()
 FIGURES = Path(os.environ.get("WDLIB_FIGURES", ROOT / "figures")).expanduser().absolute()

@@ -13,8 +13,9 @@ import seaborn as sns
 from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 
-from wdlib import TYPES, fits, models, paper, paths
+from wdlib import TYPES, characterize, fits, models, paper, paths, rivals
 
 COLORS = {
     "q": "#1b4f8a",
@@ -28,6 +29,8 @@ COLORS = {
 """Attention in blues, MLP in oranges."""
 
 INK, ACCENT = "#222222", "#c0392b"
+CLASS_COLORS = {"power-law": "#1b4f8a", "normal": "#e07b1a", "undecided": "#b8b8b8"}
+NULL_COLORS = ("#e07b1a", "#2e7d4f", "#7b5ea7")
 ESTIMATOR_COLORS = {"csn": ACCENT, "full": "#2e7d4f", "loglog": "#7b5ea7"}
 
 
@@ -217,6 +220,114 @@ def intervals(draws: pd.DataFrame, estimates: dict[str, float], ax: Axes) -> Axe
     ax.xaxis.set_minor_locator(plt.NullLocator())
     ax.invert_yaxis()
     return ax
+
+
+def alpha_by_xmin(table: fits.AlphaByXmin, chosen: fits.PowerLawFit, ax: Axes) -> Axes:
+    """The exponent against the start of the tail; band: 95 % for independent draws."""
+    ax.fill_between(
+        table.xmin,
+        table.alpha - 1.96 * table.sigma,
+        table.alpha + 1.96 * table.sigma,
+        color=COLORS["v"],
+        lw=0,
+    )
+    ax.plot(table.xmin, table.alpha, color=COLORS["q"])
+    ax.plot(chosen.xmin, chosen.alpha, "X", color="white", mec=INK, ms=8)
+    ax.set(xscale="log", yscale="log", xlabel="xmin", ylabel="α of the distances ≥ xmin")
+    ax.yaxis.set_major_formatter("{x:g}")
+    return ax
+
+
+def rival_tails(distances: np.ndarray, laws: dict[str, rivals.RivalFit], ax: Axes) -> pd.DataFrame:
+    """The tail of the data from the laws' xmin on, with the laws; returns what it drew."""
+    xmin = next(iter(laws.values())).xmin
+    data = ccdf_table(distances[distances >= xmin]).assign(law="data")
+    ccdf(data, ax, label="distances")
+    x = np.geomspace(xmin, distances.max(), 200)
+    tables = [data]
+    for color, (name, law) in zip(sns.color_palette("tab10"), laws.items(), strict=False):
+        tables.append(pd.DataFrame({"distance": x, "ccdf": rivals.ccdf(law, x), "law": name}))
+        label = name.replace("_", " ")
+        ax.plot(x, tables[-1].ccdf, "--", color=color, label=label, lw=1.2)
+    ax.set(ylim=(0.5 / data.shape[0], 1.5), ylabel="share of the tail ≥ x")
+    return pd.concat(tables)
+
+
+def rates(data: pd.DataFrame, ax: Axes, *, nominal: float) -> Axes:
+    """Rejection rates with 95 % intervals, a row per case: columns case, test, rate, low, high."""
+    cases = list(data.case.unique())
+    for color, shift, (test, rows) in zip(
+        (ACCENT, COLORS["q"]), (-0.15, 0.15), data.groupby("test", sort=False), strict=True
+    ):
+        y = [cases.index(case) + shift for case in rows.case]
+        ax.hlines(y, rows.low, rows.high, color=color, lw=1)
+        ax.plot(rows.rate, y, "o", color=color, ms=4, label=test)
+    ax.axvline(nominal, color=INK, lw=0.8)
+    ax.set_yticks(range(len(cases)), cases)
+    ax.invert_yaxis()
+    ax.set(xlim=(-0.02, 1.02), xlabel="share of planted power laws rejected at 5 %")
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return ax
+
+
+def size_table(sizes: pd.DataFrame) -> pd.DataFrame:
+    """Rejection rates of both goodness-of-fit tests with Wilson intervals, for `rates`."""
+    rows = []
+    for test, column in {"independent draws": "iid", "shared vectors": "vectors"}.items():
+        for case in sizes.itertuples():
+            rate, n = getattr(case, f"rejected_{column}"), case.repetitions
+            low, high = stats.binomtest(round(rate * n), n).proportion_ci(method="wilson")
+            rows.append((f"{case.dependence}, {case.vectors} vectors", test, rate, low, high))
+    return pd.DataFrame(rows, columns=["case", "test", "rate", "low", "high"])
+
+
+def pair_panel(data: pd.DataFrame, pair: characterize.Pair, ax: Axes) -> Axes:
+    """One cell of the 7 x 7 grid: the distances of a pair of types, coloured by their class."""
+    color = CLASS_COLORS[pair.verdict.label]
+    ax.plot(data.distance, data.ccdf, color=color, lw=1.2)
+    ax.set(xscale="log", yscale="log")
+    ax.tick_params(labelsize=6, which="both")
+    if pair.alpha is not None:
+        ax.text(0.06, 0.08, f"α {pair.alpha:.1f}", transform=ax.transAxes, fontsize=7, color=color)
+    return ax
+
+
+def grid_labels(axes: np.ndarray, kinds: list[str]) -> None:
+    """Types along the top and the left of a square grid of panels, and what the axes are."""
+    for kind, top, left in zip(kinds, axes[0], axes[:, 0], strict=True):
+        top.set_title(kind)
+        left.set_ylabel(kind, fontweight="bold")
+    figure = axes[0, 0].figure
+    figure.supxlabel("cosine distance x")
+    figure.supylabel("share of distances ≥ x")
+    class_legend(figure)
+
+
+def class_legend(figure: Figure) -> None:
+    """The three classes, above a figure."""
+    handles = [plt.Line2D([], [], color=c, lw=4, label=label) for label, c in CLASS_COLORS.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=3)
+
+
+def class_map(character: characterize.Characterisation, ax: Axes) -> pd.DataFrame:
+    """The classes of all pairs as a matrix, α in those called power-law; returns what it drew."""
+    kinds = [pair.types[0] for pair in character.pairs if pair.types[0] == pair.types[1]]
+    rows = []
+    for i, p in enumerate(kinds):
+        for j, q in enumerate(kinds):
+            pair = character.pair(p, q)
+            color = CLASS_COLORS[pair.verdict.label]
+            ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fc=color, ec="white", lw=1))
+            if pair.alpha is not None:
+                ax.text(j, i, f"{pair.alpha:.1f}", ha="center", va="center", color="white", size=7)
+            rows.append((p, q, pair.verdict.label, pair.alpha))
+    ends = (-0.5, len(kinds) - 0.5)
+    ax.set(xlim=ends, ylim=ends[::-1], aspect="equal")
+    ax.set_xticks(range(len(kinds)), kinds, fontsize=7)
+    ax.set_yticks(range(len(kinds)), kinds, fontsize=7)
+    ax.tick_params(length=0)
+    ax.grid(False)
+    return pd.DataFrame(rows, columns=["p", "q", "class", "alpha"])
 
 
 def text_table(table: pd.DataFrame) -> HTML:

@@ -109,9 +109,10 @@ def figures(
 ) -> None:
     """Run every numbered notebook whose figures are out of date (or all with `force`).
 
-    Figures are out of date when a notebook's source, the package, the lock file, the catalogue or
-    the stored spectra have changed since they were drawn, or when a figure itself has changed or
-    gone. The executed copies go to the cache. `only` narrows to notebooks whose name starts so.
+    Figures are out of date when a notebook's source, the package, the lock file, the catalogue,
+    stored spectra or results have changed since they were drawn, or when a figure itself has
+    changed or gone. The executed copies go to the cache. `only` narrows to notebooks whose name
+    starts so.
 
     Raises: WdlibError as `run_notebook` does, at the first notebook that fails.
     """
@@ -352,7 +353,8 @@ def _figures(notebook: Path) -> dict[str, str]:
 def _sources(notebook: Path) -> str:
     """Digest of all that a notebook's figures are drawn from; its stored outputs are not."""
     package = Path(__file__).parent
-    files = [*package.glob("*.py"), *package.glob("*.mplstyle"), *paths.SPECTRA.glob("*")]
+    files = [*package.glob("*.py"), *package.glob("*.mplstyle")]
+    files += [*paths.SPECTRA.rglob("*"), *paths.RESULTS.rglob("*")]
     files += [path for path in (paths.CATALOGUE, paths.ROOT / "requirements.lock") if path.exists()]
     cells = [(cell.cell_type, cell.source) for cell in _read(notebook).cells]
     parts = [(path.name, _digest(path.read_bytes())) for path in sorted(files) if path.is_file()]
