@@ -5,8 +5,7 @@ data/results/characterisation/<model>-r<rank>.json at ranks 16, 64 and the large
 stability.csv beside them.
 """
 
-import csv
-import os
+from confusion import write
 
 from wdlib import models, paths, spectra
 from wdlib.characterize import LABELS, characterise, save, stability
@@ -33,12 +32,7 @@ def main() -> None:
             row = {"model": model, "pair": "-".join(pair), "label": label}
             rows.append(row | {"resamples": RESAMPLES} | counts | others)
     path = FOLDER / "stability.csv"
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, path)
+    write(rows, path)
 
 
 if __name__ == "__main__":

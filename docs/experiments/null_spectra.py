@@ -5,14 +5,13 @@ of weights go to data/spectra/nulls (those that are there are kept), and a row f
 each of its four null models to data/results/nulls.csv.
 """
 
-import csv
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from confusion import write
 
 from wdlib import models, nulls, paths, spectra
 from wdlib.characterize import LABELS, characterise
@@ -72,13 +71,7 @@ def main() -> None:
         found = [summary(draw) for draw in draws]
         medians = {key: f"{np.median([f[key] for f in found]):.4g}" for key in found[0]}
         rows.append({"weights": name, "rank": COMPARED_RANK, "draws": len(draws), **medians})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, path)
+    write(rows, path)
 
 
 if __name__ == "__main__":
