@@ -50,7 +50,23 @@ def test_a_figure_that_cannot_be_written_leaves_no_picture(tmp_path):
     fig, _ = plt.subplots()
     with pytest.raises(AttributeError):
         plots.save(fig, "99_none", None, tmp_path)
-    assert not (tmp_path / "99_none.csv").exists()
+    assert {path.suffix for path in tmp_path.iterdir()} == {".svg", ".png"}
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "folder" / "file.txt"
+    with paths.whole(path) as part:
+        part.write_text("old")
+
+    def fail():
+        with paths.whole(path) as part:
+            part.write_text("new, but only ha")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert [file.name for file in path.parent.iterdir()] == ["file.txt"]
+    assert path.read_text() == "old"
 
 
 def test_only_the_default_run_writes_to_the_figures_folder():

@@ -23,7 +23,6 @@ or that the class hangs on one or two of them, or that the law is neither.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -33,7 +32,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import log_ndtr
 
-from wdlib import TYPES, WdlibError, __version__
+from wdlib import TYPES, WdlibError, __version__, paths
 from wdlib.distances import cosine_distances, msv
 from wdlib.fits import fit_power_law, vector_bootstrap
 from wdlib.spectra import Spectra
@@ -395,13 +394,8 @@ def _label(
 def save(characterisation: Characterisation, path: str | Path) -> Path:
     """Write a characterisation as JSON, atomically; equal ones give equal bytes."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with paths.whole(path) as part:
         part.write_text(characterisation.to_json(), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -3,7 +3,6 @@
 Notebooks alone import this module. What a figure shows is what its table holds; `save` writes both.
 """
 
-import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -51,7 +50,6 @@ def save(figure: Figure, name: str, data: pd.DataFrame, folder: Path) -> None:
 
     The same figure gives the same bytes: no dates, no versions, six significant digits in the csv.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     writers = {
         "svg": lambda path: figure.savefig(path, format="svg", metadata={"Date": None}),
         "png": lambda path: figure.savefig(path, format="png", metadata={"Software": None}),
@@ -60,9 +58,8 @@ def save(figure: Figure, name: str, data: pd.DataFrame, folder: Path) -> None:
         ),
     }
     for suffix, write in writers.items():
-        part = folder / f"{name}.{os.getpid()}.part"
-        write(part)
-        os.replace(part, folder / f"{name}.{suffix}")
+        with paths.whole(folder / f"{name}.{suffix}") as part:
+            write(part)
 
 
 def shades(n: int) -> list:

@@ -9,7 +9,6 @@ import ast
 import builtins
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
@@ -322,9 +321,8 @@ def _draw(notebook: Path, output: Path, progress: Progress, label: str) -> None:
     start = time.monotonic()
     run_notebook(notebook, output=output, on_cell=cell_starts)
     drawn = _figures(notebook)
-    record = _record(notebook)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    _write_text(json.dumps({"sources": sources, "figures": drawn}, indent=1), record)
+    with paths.whole(_record(notebook)) as part:
+        part.write_text(json.dumps({"sources": sources, "figures": drawn}, indent=1))
     seconds = time.monotonic() - start
     progress.line(f"{notebook.stem}: run in {seconds:.0f} s, {len(drawn)} figure files")
 
@@ -379,12 +377,5 @@ def _read(notebook: str | Path):
 def _write_notebook(notebook, path: Path) -> None:
     import nbformat
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_text(nbformat.writes(notebook) + "\n", path)
-
-
-def _write_text(text: str, path: Path) -> None:
-    """Write a file whole: beside its place first, then renamed into it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with paths.whole(path) as part:
+        part.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")

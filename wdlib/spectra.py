@@ -15,7 +15,6 @@ names no algorithm):
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -219,13 +218,8 @@ def save(spectra: Spectra, path: str | Path) -> Path:
             rows = [(layer, -1 if expert is None else expert) for layer, expert in spectra.rows[t]]
             tensors[f"{t}.rows"] = np.array(rows, dtype=np.int64)
     about = json.dumps({"model": spectra.model, **spectra.provenance})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with paths.whole(path) as part:
         part.write_bytes(serialise(tensors, metadata={"wdlib": about}))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 
