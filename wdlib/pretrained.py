@@ -7,6 +7,7 @@ model wherever the weights come from.
 
 import contextlib
 import copy
+import io
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -111,16 +112,16 @@ def _split_digits(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and notices out of the caller's output."""
+    """Keep transformers' notices out of the caller's output, and its progress bars.
+
+    The bar of its GGUF reader knows no switch, so what is written to stderr is dropped.
+    """
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()
-    shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         transformers_logging.set_verbosity(level)
-        if shown:
-            transformers_logging.enable_progress_bar()
