@@ -1,0 +1,272 @@
+import json
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from peft import PeftModel
+from test_training import REFERENCE, home  # noqa: F401 (a fixture)
+
+from wdlib import WdlibError, evaluation, experiments, paths, pretrained, training
+from wdlib.evaluation import Evaluation, Protocol, Scores
+from wdlib.experiments import BEGUN, EXTENDABLE, FINISHED, LACKING, TO_DO
+
+GPQA, ARC, HELLASWAG = "gpqa_diamond_zeroshot", "arc_challenge", "hellaswag"
+
+GRID = """
+defaults: {model: MODEL, steps: 2, dtype: float32}
+tiers:
+  first:
+    seeds: [1, 2]
+    evaluation: {tasks: [arc_challenge], limit: {arc_challenge: 3}}
+    runs:
+      - {init: untrained}
+      - {init: default}
+      - {init: literal, reference: REFERENCE}
+  second:
+    seeds: [1]
+    evaluation: {tasks: [arc_challenge, hellaswag]}
+    runs:
+      - {init: default}
+      - {init: default, learning_rate: 1.0e-3}
+"""
+
+
+def scores(items, value=0.0):
+    return Scores(
+        loglikelihood=np.full((items, 1, 4), value, np.float32),
+        orders=np.arange(4, dtype=np.int8)[None],
+        gold=np.zeros(items, np.int8),
+        characters=np.ones((items, 4), np.int32),
+        bytes=np.ones((items, 4), np.int32),
+        items=np.arange(items, dtype=np.uint32),
+    )
+
+
+def evaluated(protocol, value=0.0):
+    made = {"seconds": 1.0, "tasks": {task: {"seconds": 1.0} for task in protocol.tasks}}
+    found = {task: scores(protocol.limit.get(task, 9), value) for task in protocol.tasks}
+    return Evaluation(protocol, found, made)
+
+
+class Asked(list):
+    """Stands in for `evaluation.evaluate`: remembers what it was asked, and answers at once."""
+
+    def __call__(self, model, tokenizer, *, protocol, data_folder):
+        self.append((model, protocol))
+        return evaluated(protocol, value=float(len(self)))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    asked = Asked()
+    monkeypatch.setattr(evaluation, "evaluate", asked)
+    return asked
+
+
+@pytest.fixture
+def grid(home, tmp_path):  # noqa: F811
+    """Writes a grid file, with the small model, and gives where everything goes."""
+    path = tmp_path / "grid.yaml"
+    text = GRID.replace("MODEL", str(home / "model")).replace("REFERENCE", REFERENCE)
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def places(home, tmp_path):  # noqa: F811
+    return {"results": tmp_path / "results", "work": tmp_path / "work"}
+
+
+@pytest.fixture
+def do_all(grid, places, home):  # noqa: F811
+    def do_all(only=None):
+        said = []
+        options = {"data_folder": home / "data", "progress": said.append, "only": only}
+        experiments.run(grid, **options, **places)
+        return [line.rpartition(": ")[2] for line in said]
+
+    return do_all
+
+
+def states(grid, places, only=None):
+    return [experiments.state(cell, **places) for cell in experiments.chosen(grid, only=only)]
+
+
+def test_the_cells_go_by_tier_then_seed(grid):
+    found = experiments.cells(grid)
+    order = [(c.tier, c.run.init, c.run.seed) for c in found]
+    first = [("first", init, seed) for seed in (1, 2) for init in ("default", "literal")]
+    # The model as it is does not depend on the seed: one cell, with the seed of a run's default.
+    assert order == [("first", "untrained", 3407), *first, *[("second", "default", 1)] * 2]
+    assert found[0].protocol == Protocol(tasks=(ARC,), limit={ARC: 3})
+    assert [c.run.hyperparameters.learning_rate for c in found[-2:]] == [2e-4, 1e-3]
+    assert found[1].run == found[-2].run
+    assert {c.run.hyperparameters.steps for c in found} == {2}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("tiers:", "teirs:", "no grid of experiments: 'tiers'"),
+        ("init: untrained", "innit: untrained", "no setting 'innit'"),
+        ("init: untrained", "init: untrainde", "no initialisation 'untrainde'"),
+        ("tasks: [arc_challenge]", "tasks: [arc]", "no task 'arc'"),
+        ("limit: {arc_challenge: 3}", "orders: 5", "5 orders of 4 options are not balanced"),
+        ("limit: {arc_challenge: 3}", "dtype: int8", "no dtype 'int8'"),
+        ("limit: {arc_challenge: 3}", "order: 4", "order"),
+        ("seeds: [1, 2]", "seeds: [1, 2", "no grid of experiments"),
+    ],
+)
+def test_a_grid_with_a_mistake_is_refused(grid, old, new, message):
+    grid.write_text(grid.read_text().replace(old, new, 1))
+    with pytest.raises(WdlibError, match=message):
+        experiments.cells(grid)
+
+
+def test_a_part_of_a_grid_can_be_chosen(grid):
+    assert {c.tier for c in experiments.chosen(grid, only="second")} == {"second"}
+    key = experiments.cells(grid)[2].run.key
+    assert [c.run.key for c in experiments.chosen(grid, only=key)] == [key]
+    with pytest.raises(WdlibError, match="no cells 'third': its tiers are first, second"):
+        experiments.chosen(grid, only="third")
+
+
+def test_a_grid_is_done_once_and_grows(grid, places, do_all, asked):
+    assert states(grid, places) == [TO_DO] * 7
+    do_all("first")
+    assert states(grid, places) == [FINISHED] * 5 + [EXTENDABLE, TO_DO]
+    assert [type(model) is PeftModel or hasattr(model, "peft_config") for model, _ in asked] == [
+        False, True, True, True, True,
+    ]  # fmt: skip
+    assert do_all("first") == ["was finished"] * 5
+    assert len(asked) == 5
+
+    trained = {path: path.stat().st_mtime_ns for path in places["work"].glob("*/result.json")}
+    do_all("second")
+    assert states(grid, places) == [FINISHED] * 7
+    # Of the cell that both tiers ask for, ARC was measured on three items only.
+    assert [protocol.tasks for _, protocol in asked[5:]] == [(ARC, HELLASWAG)] * 2
+    assert all(path.stat().st_mtime_ns == at for path, at in trained.items())
+    stored = experiments.load(experiments.cells(grid)[1].run, results=places["results"])
+    assert len(stored.evaluation.scores[ARC].gold) == 9
+    assert stored.report["key"] == experiments.cells(grid)[1].run.key
+    assert len(stored.report["curve"]) == 2
+    assert {p.suffix for p in places["results"].iterdir()} == {".json", ".npz"}
+
+
+def test_what_is_evaluated_is_the_trained_model(grid, places, do_all, asked, home):  # noqa: F811
+    cell = experiments.cells(grid)[-1]
+    do_all(cell.run.key)
+    ((model, _),) = asked
+    loaded = pretrained.load(cell.run.model)
+    _, held_out = training.split(training.examples("alpaca", folder=home / "data"))
+    rows = training.tokenise(held_out, loaded.tokenizer, max_length=1024)
+    report = experiments.load(cell.run, results=places["results"]).report
+    found = training.held_out_loss(model, rows)["loss"]
+    assert found == pytest.approx(report["held_out"]["after"]["loss"], abs=1e-5)
+    assert found < report["held_out"]["before"]["loss"] - 1e-3
+
+
+def test_only_what_is_missing_is_evaluated(grid, places, do_all, asked):
+    do_all("second")
+    text = grid.read_text().replace(
+        "tasks: [arc_challenge, hellaswag]", f"tasks: [{GPQA}, {ARC}], orders: 4"
+    )
+    grid.write_text(text)
+    do_all("second")
+    assert [protocol.tasks for _, protocol in asked[2:]] == [(GPQA,), (GPQA,)]
+    stored = experiments.load(experiments.cells(grid)[-1].run, results=places["results"])
+    assert stored.evaluation.protocol.tasks == (GPQA, ARC, HELLASWAG) == tuple(
+        task for task in evaluation.TASKS if task in stored.evaluation.scores
+    )  # fmt: skip
+    values = {task: s.loglikelihood.max() for task, s in stored.evaluation.scores.items()}
+    assert values == {GPQA: 4.0, ARC: 2.0, HELLASWAG: 2.0}
+    grid.write_text(text.replace("orders: 4", "orders: 8"))
+    assert states(grid, places, "second") == [EXTENDABLE] * 2
+
+
+def test_another_adapter_makes_the_old_evaluation_void(grid, places, do_all, asked):
+    cell = experiments.cells(grid)[-1]
+    do_all(cell.run.key)
+    path = places["results"] / f"{cell.run.key}.json"
+    report = json.loads(path.read_text())
+    report["hashes"]["adapter"] = "0" * 64
+    path.write_text(json.dumps(report))
+    grid.write_text(grid.read_text().replace(f"[{ARC}, {HELLASWAG}]", f"[{GPQA}, {ARC}]"))
+    do_all(cell.run.key)
+    assert asked[-1][1].tasks == (GPQA, ARC)
+    stored = experiments.load(cell.run, results=places["results"])
+    assert set(stored.evaluation.scores) == {GPQA, ARC}
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(grid, places, do_all, asked, monkeypatch):
+    train = training.train
+
+    def fails(run, *arguments, **options):
+        if run.init == "literal":
+            raise WdlibError("no luck")
+        return train(run, *arguments, **options)
+
+    monkeypatch.setattr(training, "train", fails)
+    logging.getLogger("wdlib.experiments").setLevel(logging.CRITICAL)
+    with pytest.raises(WdlibError, match="2 of 5 cells failed, the first was .*literal"):
+        do_all("first")
+    logging.getLogger("wdlib.experiments").setLevel(logging.NOTSET)
+    assert states(grid, places, "first") == [FINISHED, FINISHED, TO_DO, FINISHED, TO_DO]
+
+
+def test_a_cell_that_another_process_does_is_left_to_it(grid, places, do_all, asked):
+    from filelock import FileLock
+
+    cell = experiments.cells(grid)[-1]
+    places["work"].mkdir()
+    with FileLock(places["work"] / f"{cell.run.key}.lock"):
+        assert do_all(cell.run.key) == ["another process is doing it"]
+    assert not asked
+    (places["work"] / cell.run.key).mkdir()
+    assert experiments.state(cell, **places) == BEGUN
+
+
+def test_damaged_results_are_named(grid, places, do_all, asked):
+    cell = experiments.cells(grid)[-1]
+    do_all(cell.run.key)
+    (places["results"] / f"{cell.run.key}.json").write_text("{")
+    with pytest.raises(WdlibError, match="is damaged"):
+        experiments.load(cell.run, results=places["results"])
+
+
+def test_evaluations_join_task_by_task():
+    known = evaluated(Protocol(tasks=(GPQA, ARC), limit={ARC: 5}, orders=4), 1.0)
+    new = evaluated(Protocol(tasks=(ARC, HELLASWAG), limit={HELLASWAG: 7}, orders=8), 2.0)
+    joined = experiments._joined(known, new)
+    assert joined.protocol == Protocol((GPQA, ARC, HELLASWAG), {HELLASWAG: 7}, orders=4)
+    assert {t: len(s.gold) for t, s in joined.scores.items()} == {GPQA: 9, ARC: 9, HELLASWAG: 7}
+    assert joined.made["seconds"] == 2.0
+    assert set(joined.made["tasks"]) == {GPQA, ARC, HELLASWAG}
+    other = replace(new, protocol=replace(new.protocol, seed=1))
+    assert experiments._joined(known, other) is other
+
+
+def test_the_grid_of_the_project():
+    found = experiments.cells()
+    assert {c.run.model for c in found} == {"smollm2-135m-instruct"}
+    first = [c for c in found if c.tier == "tier1"]
+    assert len(first) == 16
+    assert [c.run.init for c in first[:4]] == ["untrained", "default", "literal", "preserved"]
+    references = {c.run.characterisation() for c in found} - {None}
+    assert all(path.is_file() for path in references)
+
+
+def test_the_papers_scale_passes_a_dry_run(tmp_path):
+    path = paths.DATA / "experiments" / "paper-scale.yaml"
+    found = experiments.cells(path)
+    assert {c.run.model for c in found} == {"smollm2-135m", "llama-3.2-1b"}
+    assert {c.protocol for c in found if c.protocol.limit} == set()
+    assert all(c.protocol.orders == 24 and len(c.protocol.tasks) == 3 for c in found)
+    places = {"results": tmp_path, "work": tmp_path}
+    assert {experiments.state(c, **places) for c in found} == {TO_DO, LACKING}
+    from wdlib.models import catalogue
+
+    named = {c.run.model for c in found} | {c.run.reference for c in found} - {None}
+    assert named <= set(catalogue())
