@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wdlib import WdlibError, pretrained, weights
-from wdlib.models import DEFAULT
+from wdlib.models import DEFAULT, Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +89,9 @@ def test_an_encoder_is_refused(tiny):
     (tiny / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(WdlibError, match="cannot load tiny as a causal language model"):
         pretrained.load(tiny)
+
+
+def test_weights_that_stay_on_the_hub_are_refused():
+    away = Checkpoint("tiny", (object(),), "hub organisation/tiny")
+    with pytest.raises(WdlibError, match="without hf://"):
+        pretrained.load(away)

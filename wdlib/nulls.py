@@ -68,13 +68,8 @@ def compute(
         "numpy": np.__version__,
         "created": datetime.now(UTC).date().isoformat(),
     }
-    return spectra.Spectra(
-        f"{checkpoint.name}-{name}",
-        {t: np.stack([f.values for f in rows]) for t, rows in found.items()},
-        {t: np.stack([f.error for f in rows]) for t, rows in found.items()},
-        {t: tuple((e.layer, e.expert) for e in entries if e.type == t) for t in found},
-        provenance,
-    )
+    rows = {t: tuple((e.layer, e.expert) for e in entries if e.type == t) for t in found}
+    return spectra.Spectra(f"{checkpoint.name}-{name}", *spectra.stack(found), rows, provenance)
 
 
 def spectra_of(model: str | Path, name: str, rank: int) -> spectra.Spectra:

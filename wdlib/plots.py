@@ -332,3 +332,293 @@ def text_table(table: pd.DataFrame) -> HTML:
     style = table.style.hide(axis="index").set_properties(**{"text-align": "left"})
     header = [{"selector": "th", "props": "text-align: left"}]
     return HTML(style.set_table_styles(header).to_html(table_uuid="text"))
+
+
+# Across architectures ----------------------------------------------------------------------------
+
+
+def agreement(data: pd.DataFrame, ax: Axes) -> Axes:
+    """Correlations of pairs of models, a row each: columns pair, correlation, low, high.
+
+    low, high: where the correlation lies when one model's types are renamed at random; grey. A
+    pair without a correlation (a model with one class for everything) is left empty.
+    """
+    rows = np.arange(len(data))
+    ax.barh(rows, data.high - data.low, left=data.low, height=0.6, color="0.85")
+    beyond = data.correlation > data.high
+    for chosen, color in ((beyond, ACCENT), (~beyond, INK)):
+        ax.plot(data.correlation[chosen], rows[chosen], "o", color=color, ms=5)
+    ax.axvline(0, color=INK, lw=0.6)
+    ax.set_yticks(rows, data.pair, fontsize=7)
+    ax.set(xlim=(-1.05, 1.05), ylim=(len(data) - 0.5, -0.5))
+    return ax
+
+
+def medians_by_type(data: pd.DataFrame, ax: Axes) -> Axes:
+    """Median distances within each type: columns model, type, median, null; null as small dots."""
+    groups = data.groupby("model", sort=False)
+    for i, ((model, rows), color) in enumerate(
+        zip(groups, sns.color_palette("tab10", groups.ngroups), strict=True)
+    ):
+        rows = rows.set_index("type").reindex(TYPES)  # so that the line breaks at an absent type
+        x = np.arange(len(TYPES)) + 0.08 * (i - (groups.ngroups - 1) / 2)
+        ax.plot(x, rows["median"], "o-", color=color, ms=5, lw=0.8, label=model)
+        ax.plot(x, rows.null, ".", color=color, ms=4)
+    ax.set_xticks(range(len(TYPES)), TYPES)
+    ax.set(yscale="log", ylabel="median distance between layers")
+    return ax
+
+
+# Fingerprints ------------------------------------------------------------------------------------
+
+
+def model_colors(names: list[str]) -> dict:
+    """One colour per model."""
+    return dict(zip(names, sns.color_palette("tab10", len(names)), strict=True))
+
+
+def densities_of_models(data: pd.DataFrame, colors: dict, ax: Axes) -> Axes:
+    """Densities of one type's values in several models: columns model, value, density.
+
+    Values in standard deviations of that model and type; dashed, the normal distribution.
+    """
+    for model, rows in data.groupby("model", sort=False):
+        ax.plot(rows.value, rows.density, color=colors[model], lw=1, label=model)
+    grid = np.linspace(-5, 5, 201)
+    ax.plot(grid, stats.norm.pdf(grid), "--", color=INK, lw=1, label="normal")
+    ax.set(yscale="log", xlim=(-14, 14), ylim=(1e-7, 3))
+    return ax
+
+
+def parallel_coordinates(data: pd.DataFrame, colors: dict, ax: Axes) -> Axes:
+    """A line per model over the types: columns model, type, value; a gap where a type is absent."""
+    for model, rows in data.groupby("model", sort=False):
+        values = rows.set_index("type").value.reindex(TYPES)
+        known = values.dropna()
+        ax.plot([TYPES.index(t) for t in known.index], known, ":", color=colors[model], lw=0.8)
+        ax.plot(range(len(TYPES)), values, "o-", color=colors[model], ms=4, label=model)
+    ax.set_xticks(range(len(TYPES)), TYPES)
+    ax.set(ylabel="component of the vector", ylim=(0, None))
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handlelength=1.4)
+    return ax
+
+
+def matrix_of_models(table: np.ndarray, names: list[str], ax: Axes, *, rows: bool = True) -> Axes:
+    """Distances between models with their numbers; only with `rows` are the rows named."""
+    shown = np.where(np.eye(len(names), dtype=bool), np.nan, table)
+    ax.imshow(shown, cmap="viridis_r", vmin=0, vmax=np.nanmax(shown))
+    dark = np.nanmax(shown) / 2
+    for (i, j), value in np.ndenumerate(shown):
+        if i != j:
+            color = "white" if value > dark else INK
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, size=7)
+    ax.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=7)
+    ax.set_yticks(range(len(names)), names if rows else [], fontsize=7)
+    ax.tick_params(length=0)
+    ax.grid(False)
+    return ax
+
+
+def dendrogram(table: np.ndarray, names: list[str], ax: Axes) -> list[int]:
+    """Models joined by average linkage of symmetric distances; returns the order of the leaves."""
+    from scipy.cluster import hierarchy
+    from scipy.spatial.distance import squareform
+
+    joined = hierarchy.linkage(squareform(table, checks=False), "average")
+    drawn = hierarchy.dendrogram(
+        joined, orientation="left", labels=names, ax=ax, color_threshold=0,
+        above_threshold_color=INK,
+    )  # fmt: skip
+    ax.set(xlabel="distance at which they join")
+    ax.tick_params(axis="y", labelsize=7)
+    ax.grid(False)
+    return drawn["leaves"][::-1]
+
+
+def choice_of_k(data: pd.DataFrame, axes: np.ndarray) -> np.ndarray:
+    """Silhouette and stability over k, a line per rank: columns rank, k, silhouette, stability,
+    spread."""
+    for (rank, rows), color in zip(data.groupby("rank"), (COLORS["q"], COLORS["up"]), strict=False):
+        axes[0].plot(rows.k, rows.silhouette, "o-", color=color, label=f"r = {rank}")
+        low, high = rows.stability - rows.spread, rows.stability + rows.spread
+        axes[1].fill_between(rows.k, low, high, color=color, alpha=0.15, lw=0)
+        axes[1].plot(rows.k, rows.stability, "o-", color=color)
+    axes[0].set(xlabel="clusters K", ylabel="mean silhouette", ylim=(0, 1))
+    axes[1].set(xlabel="clusters K", ylabel="adjusted Rand index", ylim=(0, 1.02))
+    axes[0].legend()
+    return axes
+
+
+def cluster_map(data: pd.DataFrame, k: int, ax: Axes) -> Axes:
+    """Clusters of all matrices, layers down and types across: columns type, layer, cluster."""
+    table = data.pivot(index="layer", columns="type", values="cluster").reindex(columns=TYPES)
+    ax.imshow(table, cmap=plt.get_cmap("viridis", k), vmin=-0.5, vmax=k - 0.5, aspect="auto")
+    ax.set_xticks(range(len(TYPES)), TYPES, rotation=90, fontsize=7)
+    ax.tick_params(length=0)
+    ax.grid(False)
+    return ax
+
+
+def cluster_centres(data: pd.DataFrame, k: int, ax: Axes) -> Axes:
+    """Centres of clusters: columns cluster, index (from 1), value; colours as in `cluster_map`."""
+    colors = plt.get_cmap("viridis", k)
+    for number, rows in data.groupby("cluster"):
+        ax.plot(rows["index"], rows.value, color=colors(number), label=f"{number}")
+    ax.set(xlabel="index i", ylabel="singular value / length of the vector", ylim=(0, None))
+    ax.legend(title="cluster", ncols=2, title_fontsize=8)
+    return ax
+
+
+def identification(data: pd.DataFrame, threshold: float, ax: Axes) -> Axes:
+    """Spectral differences of copies and others on a log axis: columns case, copy, distance."""
+    cases = list(data.case.unique())
+    for copy, color, label in (
+        (True, COLORS["q"], "from the model it was made of"),
+        (False, COLORS["up"], "from any other"),
+    ):
+        rows = data[data["copy"] == copy]
+        y = [cases.index(case) for case in rows.case]
+        ax.plot(rows.distance, y, "o", color=color, ms=4, alpha=0.7, mew=0, label=label)
+    ax.axvline(threshold, color=ACCENT, lw=1)
+    ax.set_yticks(range(len(cases)), cases)
+    ax.invert_yaxis()
+    ax.set(xscale="log", xlabel="spectral difference")
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return ax
+
+
+# Reshaped LoRA -----------------------------------------------------------------------------------
+
+VARIANT_COLORS = {"literal": ACCENT, "one_template": "#e07b1a", "independent": "#2e7d4f"}
+
+
+def new_entries(data: pd.DataFrame, ax: Axes) -> Axes:
+    """How many entries of generated matrices were drawn again: columns type, share; log axes."""
+    for kind, rows in data.groupby("type", sort=False):
+        shares, left = np.sort(rows.share), np.arange(len(rows), 0, -1) / len(rows)
+        ax.plot(shares, left, drawstyle="steps-pre", color=COLORS[kind], label=kind, lw=1.2)
+    ax.set(xscale="log", yscale="log", xlabel="share x of the entries that is new")
+    return ax
+
+
+def step0_shift(data: pd.DataFrame, ax: Axes) -> Axes:
+    """Change of the loss before training: columns init, b_scale, shift; a point per seed.
+
+    The line joins the means. Linear in the shift below 0.1 nats, logarithmic above.
+    """
+    for position, (init, rows) in enumerate(data.groupby("init", sort=False)):
+        color, aside = VARIANT_COLORS[init], 1.12 ** (position - 1)
+        ax.plot(rows.b_scale * aside, rows["shift"], "o", color=color, ms=4)
+        means = rows.groupby("b_scale")["shift"].mean()
+        ax.plot(means.index * aside, means, color=color, label=init)
+    ax.axhline(0, color=INK, lw=0.8)
+    ax.set(xscale="log", xlabel="b_scale", ylabel="change of the loss, nats")
+    ax.set_yscale("symlog", linthresh=0.1)
+    ax.margins(y=0.08)
+    ax.set_xticks(data.b_scale.unique())
+    ax.xaxis.set_minor_locator(plt.NullLocator())
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_major_formatter("{x:g}")
+    return ax
+
+
+def relative_norms(data: pd.DataFrame, ax: Axes) -> Axes:
+    """The adapter's part relative to the weights, a point per layer: columns type, norm."""
+    for position, (kind, rows) in enumerate(data.groupby("type", sort=False)):
+        spread = position + np.linspace(-0.25, 0.25, len(rows))
+        ax.plot(spread, 100 * rows.norm, "o", color=COLORS[kind], ms=3)
+    ax.set_xticks(range(data.type.nunique()), data.type.unique())
+    ax.set(ylabel="‖sBA‖ / ‖W‖, %", ylim=(0, None))
+    return ax
+
+
+def disagreements(
+    character: characterize.Characterisation, reference: characterize.Characterisation, ax: Axes
+) -> int:
+    """Frame the cells of a `class_map` whose class is not the reference's; how many pairs."""
+    kinds = [pair.types[0] for pair in character.pairs if pair.types[0] == pair.types[1]]
+    labels = reference.labels()
+    differ = [pair for pair in character.pairs if labels[pair.types] != pair.verdict.label]
+    for pair in differ:
+        i, j = map(kinds.index, pair.types)
+        for x, y in {(i, j), (j, i)}:
+            frame = plt.Rectangle((x - 0.4, y - 0.4), 0.8, 0.8, fill=False, ec=ACCENT, lw=1.2)
+            ax.add_patch(frame)
+    return len(differ)
+
+
+# Notebook 06: the distribution generator -------------------------------------------------------
+
+
+def replaced_share(data: pd.DataFrame, slope: float, ax: Axes) -> Axes:
+    """Distance to the template against the share of new entries: columns share, low, mean, high.
+
+    slope: of the first-order law, distance = slope * share, drawn dashed.
+    """
+    ax.fill_between(
+        data.share, data.low, data.high, color=COLORS["v"], lw=0, label="90 % of arrays"
+    )
+    ax.plot(data.share, data["mean"], "o-", color=COLORS["q"], ms=3, label="mean")
+    ax.plot(data.share, slope * data.share, "--", color=ACCENT, label="first order")
+    ax.set(xscale="log", yscale="log", xlabel="share of entries drawn again, c / N")
+    ax.set(ylabel="cosine distance to the template")
+    ax.set_ylim(data.low[data.low > 0].min() / 2, data.high.max() * 4)
+    ax.legend(loc="lower right")
+    return ax
+
+
+def exponents(data: pd.DataFrame, ax: Axes) -> Axes:
+    """Exponents against the shape of the counts: columns shape, window, error, product, csn."""
+    ends = np.array([data["shape"].min(), data["shape"].max()])
+    ax.plot(ends, ends + 1, color=INK, lw=1, label="shape + 1")
+    ax.errorbar(
+        data["shape"], data.window, yerr=1.96 * data.error, fmt="o", color=COLORS["q"], ms=4,
+        label="distances, linear range",
+    )  # fmt: skip
+    ax.plot(
+        data["shape"], data["product"], "_", color=COLORS["up"], ms=12, mew=2, label="count × χ²"
+    )
+    ax.plot(
+        data["shape"], data.csn, "x", color=ESTIMATOR_COLORS["csn"], ms=5, label="distances, csn"
+    )
+    ax.set(xlabel="shape of the Pareto counts", ylabel="α, exponent of the density")
+    ax.legend(loc="upper left")
+    return ax
+
+
+def chi_square_panel(scaled: np.ndarray, freedom: int, ax: Axes) -> pd.DataFrame:
+    """Histogram of values of mean 1 with chi-square and normal law; returns what it drew."""
+    edges = np.linspace(max(0, scaled.min()), scaled.max(), 41)
+    density, _ = np.histogram(scaled, edges, density=True)
+    middle = (edges[1:] + edges[:-1]) / 2
+    table = pd.DataFrame({"scaled distance": middle, "density": density})
+    table["chi-square"] = stats.chi2(freedom, scale=1 / freedom).pdf(middle)
+    table["normal"] = stats.norm(1, scaled.std()).pdf(middle)
+    ax.stairs(density, edges, fill=True, color=COLORS["v"])
+    ax.plot(middle, table["chi-square"], color=ACCENT, label=f"χ², {freedom} degrees of freedom")
+    ax.plot(middle, table["normal"], "--", color=INK, label="normal")
+    ax.set(xlabel="distance / mean", ylim=(0, 1.35 * density.max()))
+    ax.legend(loc="upper right", fontsize=7)
+    return table
+
+
+def sweep(data: pd.DataFrame, axes: np.ndarray) -> None:
+    """One parameter swept, a column of three panels: median distance, alpha, share power-law.
+
+    data: columns value, median, alpha, alpha_low, alpha_high, rate, and default (bool, one row).
+    """
+    top, middle, bottom = axes
+    for ax, column in zip(axes, ("median", "alpha", "rate"), strict=True):
+        ax.plot(data.value, data[column], "o-", color=COLORS["q"], ms=3, lw=1)
+        chosen = data[data.default]
+        ax.plot(chosen.value, chosen[column], "o", color=ACCENT, ms=5)
+        ax.set(xscale="log")
+        ax.tick_params(labelsize=6, which="both")
+        ax.set_xticks(data.value, [f"{value:g}" for value in data.value], rotation=60)
+        ax.xaxis.set_minor_locator(plt.NullLocator())
+    middle.fill_between(data.value, data.alpha_low, data.alpha_high, color=COLORS["v"], lw=0)
+    top.set(yscale="log")
+    middle.set(yscale="log", ylim=(1.2, 30))
+    middle.set_yticks([2, 5, 10, 20], ["2", "5", "10", "20"])
+    middle.yaxis.set_minor_locator(plt.NullLocator())
+    bottom.set(ylim=(-0.05, 1.05), xlabel=data.parameter.iloc[0])

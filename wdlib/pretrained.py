@@ -52,7 +52,12 @@ def load(model: str | Path | Checkpoint, *, dtype: str = "float32") -> Pretraine
     if dtype not in ("float32", "bfloat16", "float16"):
         raise WdlibError(f"there is no dtype {dtype!r} here: give float32, bfloat16 or float16")
     checkpoint = model if isinstance(model, Checkpoint) else resolve(model)
-    folder, file = checkpoint.files[0].parent, checkpoint.files[0]
+    file = checkpoint.files[0]
+    if not isinstance(file, Path):
+        raise WdlibError(
+            f"{checkpoint.name} leaves its weights on the hub: give the plain hub id, without hf://"
+        )
+    folder = file.parent
     gguf = {"gguf_file": file.name} if file.suffix == ".gguf" else {}
     if not gguf and not (folder / "config.json").is_file():
         raise WdlibError(

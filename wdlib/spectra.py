@@ -15,12 +15,15 @@ names no algorithm):
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -52,6 +55,17 @@ probability PROBE_FACTOR ** -PROBES (Halko, Martinsson, Tropp, arXiv 0909.4061, 
 CHUNK_BYTES = 2**20
 """Float64 copies of float32 matrices are made in pieces of about this size."""
 
+PRODUCT_BYTES = 2**28
+"""In the float64 product, in pieces of at most this size; smaller matrices are copied whole."""
+
+IN_FLIGHT = 4
+"""So many matrices of a stream are handed to an executor at a time, which bounds the memory."""
+
+DEVICES = ("cpu", "cuda", "mps")
+"""Where the float32 product can be made. On the CPU it is BLAS's, elsewhere torch's."""
+
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class SingularValues:
@@ -64,6 +78,25 @@ class SingularValues:
     values: np.ndarray
     error: np.ndarray
     method: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to compute of a model: all that decides the numbers, to the last bit.
+
+    rank: values per matrix. types, layers: which matrices; None is all layers. shard: (i, n), of
+    these matrices the i-th of n parts, i from 1, equal in cost (`merge` joins them). certify,
+    device: as in `top_singular_values`. threads: of the linear algebra; more than one rarely pays
+    for a single matrix, and costs dearly on a busy machine.
+    """
+
+    rank: int
+    types: tuple[str, ...] = TYPES
+    layers: tuple[int, ...] | None = None
+    shard: tuple[int, int] = (1, 1)
+    certify: bool = True
+    threads: int = 1
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -107,51 +140,123 @@ def compute(
     model: str | Path | models.Checkpoint,
     rank: int,
     *,
-    types: tuple[str, ...] = TYPES,
-    certify: bool = True,
-    threads: int = 1,
+    journal: Path | None = None,
+    executor: Executor | None = None,
     progress: bool = False,
+    **options: Any,
 ) -> Spectra:
     """The `rank` largest singular values of every projection of a model, one matrix in memory.
 
-    threads: as in `collect`. progress: show a bar of the matrices done.
+    journal: where finished matrices are kept; a call that finds those of an interrupted one there
+    goes on after them, and gives what that one would have given, bit for bit. executor: computes
+    the matrices, each read where it is computed, so that none is sent; the numbers are the same.
+    progress: show a bar of the bytes done, as stored. options: fields of `Job`, `rank` apart.
 
     Raises WdlibError before any work if `rank` exceeds the smallest dimension of a matrix in use
-    (arXiv 2509.00046, section 2, leaves that case open), and for unreadable weights.
+    (arXiv 2509.00046, section 2, leaves that case open), for types, layers, shards or a device that
+    are not there, and for unreadable weights.
     """
+    job = Job(rank, **options)
     checkpoint = models.resolve(model) if not isinstance(model, models.Checkpoint) else model
-    entries = [e for e in weights.inventory(checkpoint) if e.type in types]
-    if not entries:
+    chosen = weights.plan(checkpoint, types=job.types, layers=job.layers)
+    if not chosen:
         raise WdlibError(
-            f"{checkpoint.name} has no matrix of type {' or '.join(types)}: ask for others."
+            f"{checkpoint.name} has no matrix of type {' or '.join(job.types)}: ask for others."
         )
-    _check_rank(checkpoint.name, entries, rank)
-    stream = weights.projections(checkpoint, types=types)
-    bar = tqdm(stream, total=len(entries), unit="matrix", disable=not progress)
+    _check_rank(checkpoint.name, [part.entry for part in chosen], rank)
+    check_device(job.device)
+    parts = _shard(chosen, job)
     with ThreadPoolExecutor(1) as pool:
         content = pool.submit(models.content_hash, checkpoint)
-        found = collect(bar, rank, certify=certify, threads=threads)
-    values = {t: np.stack([f.values for f in found[t]]) for t in found}
-    error = {t: np.stack([f.error for f in found[t]]) for t in found}
-    methods = Counter(f.method for rows in found.values() for f in rows)
-    # Of values that are zero within their error, a relative one says nothing.
-    worst = max(
-        float(np.max(error[t] / np.where(v > error[t], v, np.inf))) for t, v in values.items()
-    )
+        kept = _Journal(journal, f"{models.identity(checkpoint)} {job} wdlib {__version__}")
+        found = _all(parts, job, kept, executor, tqdm(disable=not progress, **_bar(parts, kept)))
+    by_type = {t: [f for p, f in found if p.entry.type == t] for t in TYPES}
+    values, error = stack({t: results for t, results in by_type.items() if results})
+    rows = {
+        t: tuple((p.entry.layer, p.entry.expert) for p in parts if p.entry.type == t)
+        for t in values
+    }
     provenance = {
         "source": checkpoint.source,
         "revision": checkpoint.revision,
         "sha256": content.result(),
-        "quantisation": ", ".join(sorted({e.dtype for e in entries})),
+        "quantisation": ", ".join(sorted({p.entry.dtype for p in chosen})),
         "note": checkpoint.note,
-        "methods": ", ".join(f"{m} {k}" for m, k in sorted(methods.items())),
-        "certified": "yes" if certify else "no",
-        "largest relative error": f"{worst:.1e}",
-        "made by": f"wdlib {__version__} spectra.compute(rank={rank})",
-        "created": datetime.now(UTC).date().isoformat(),
+        "methods": _counted(Counter(f.method for _, f in found)),
+        "certified": "yes" if job.certify else "no",
+        "largest relative error": _worst(values, error),
+        "made by": f"wdlib {__version__} spectra.compute({_given(job)})",
+        "created": kept.created,
+        "shard": "" if job.shard == (1, 1) else f"{job.shard[0]} of {job.shard[1]}",
     }
-    rows = {t: tuple((e.layer, e.expert) for e in entries if e.type == t) for t in values}
     return Spectra(checkpoint.name, values, error, rows, {k: v for k, v in provenance.items() if v})
+
+
+def compute_to(
+    path: str | Path, model: str | Path | models.Checkpoint, rank: int, **options: Any
+) -> Spectra:
+    """As `compute`, saved to a file; what is finished is kept beside it until all is.
+
+    options: of `compute`, `journal` apart. A call that was killed goes on when it is made again;
+    `created` in the provenance is the day of the first of them.
+    """
+    journal = Path(f"{path}.unfinished")
+    spectra = compute(model, rank, journal=journal, **options)
+    save(spectra, path)
+    journal.unlink(missing_ok=True)  # another process may have finished the same
+    return spectra
+
+
+def merge(shards: Sequence[Spectra]) -> Spectra:
+    """The spectra of one job from those of all its shards, in any order.
+
+    Saved, they are the same bytes as the one job's (`created` is the earliest of the shards').
+
+    Raises WdlibError if a shard is missing or double, or is from another job or other weights.
+    """
+    numbers = [s.provenance.get("shard", "") for s in shards]
+    whole = {f"{i + 1} of {len(shards)}" for i in range(len(shards))}
+    if not shards or set(numbers) != whole:
+        given = ", ".join(n or "none" for n in numbers)
+        raise WdlibError(
+            f"the shards given ({given}) make no whole: give each of them once, from 1 of n to n "
+            "of n."
+        )
+    first = shards[0]
+    for other in shards[1:]:
+        for key in ("model", *dict.fromkeys([*first.provenance, *other.provenance])):
+            one, two = ({"model": s.model, **s.provenance}.get(key) for s in (first, other))
+            if key not in _OWN and one != two:
+                raise WdlibError(
+                    f"the shards are not of one job: {key} is {one!r} in one and {two!r} in "
+                    "another; compute them anew with the same weights and options."
+                )
+    values, error, rows = {}, {}, {}
+    for t in TYPES:
+        of_type = [s for s in shards if t in s.values]
+        if of_type:
+            there = [row for s in of_type for row in s.rows[t]]
+            order = sorted(range(len(there)), key=lambda i: _place(*there[i]))
+            rows[t] = tuple(there[i] for i in order)
+            values[t] = np.concatenate([s.values[t] for s in of_type])[order]
+            error[t] = np.concatenate([s.error[t] for s in of_type])[order]
+    methods = Counter()
+    for s in shards:
+        for item in s.provenance["methods"].split(", "):
+            method, number = item.rsplit(" ", 1)
+            methods[method] += int(number)
+    provenance = {
+        **first.provenance,
+        "methods": _counted(methods),
+        "largest relative error": _worst(values, error),
+        "created": min(s.provenance["created"] for s in shards),
+    }
+    del provenance["shard"]
+    return Spectra(first.model, values, error, rows, provenance)
+
+
+_OWN = ("methods", "largest relative error", "created", "shard")
+"""What differs in the provenance of the shards of one job."""
 
 
 def collect(
@@ -160,20 +265,187 @@ def collect(
     *,
     certify: bool = True,
     threads: int = 1,
+    executor: Executor | None = None,
+    device: str = "cpu",
 ) -> dict[str, list[SingularValues]]:
     """`top_singular_values` of a stream of projections, by type in the order of `TYPES`.
 
-    threads: of the linear algebra; more than one rarely pays for a single matrix, and costs dearly
-    on a busy machine.
+    threads: as in `Job`. executor: computes the matrices, which are sent to it, IN_FLIGHT of them
+    at a time (threads share them; for processes, `compute` sends none).
 
     Raises WdlibError as `top_singular_values` does, naming the tensor.
     """
+    job = Job(rank, certify=certify, threads=threads, device=device)
     found = {t: [] for t in TYPES}
     with threadpool_limits(threads, "blas"):
-        for p in projections:
-            result = top_singular_values(p.matrix, rank, certify=certify, name=f"tensor {p.name}")
-            found[p.type].append(result)
+        for type, result in _mapped(partial(_of_projection, job), projections, executor, job):
+            found[type].append(result)
     return {t: results for t, results in found.items() if results}
+
+
+def stack(
+    found: dict[str, list[SingularValues]],
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What `collect` found as arrays: (values, error), each from type to (matrices, r) float64."""
+    values = {t: np.stack([f.values for f in results]) for t, results in found.items()}
+    error = {t: np.stack([f.error for f in results]) for t, results in found.items()}
+    return values, error
+
+
+def _shard(parts: list[weights.Part], job: Job) -> list[weights.Part]:
+    """The matrices of a shard in their order: sorted by cost and dealt out like cards."""
+    i, n = job.shard
+    if not 1 <= i <= n <= len(parts):
+        raise WdlibError(
+            f"there is no shard {i} of {n} of {len(parts)} matrices: ask for one from 1 of n to n "
+            f"of n, with n no more than {len(parts)}."
+        )
+    cost = [min(p.entry.shape) * np.prod(p.entry.shape, dtype=float) for p in parts]
+    dealt = sorted(range(len(parts)), key=lambda k: -cost[k])[i - 1 :: n]
+    return [parts[k] for k in sorted(dealt)]
+
+
+def _all(
+    parts: list[weights.Part], job: Job, kept: "_Journal", executor: Executor | None, bar: tqdm
+) -> list[tuple[weights.Part, SingularValues]]:
+    """Every part with its singular values: those in the journal as they are, the rest computed."""
+    missing = [p for p in parts if _key(p) not in kept.found]
+    if executor is None:
+        # A stream reads the next matrix while one is computed.
+        results = _mapped(partial(_of_projection, job), weights.stream(missing), None, job)
+        results = (result for _, result in results)
+    else:
+        results = _mapped(partial(_of_part, job), missing, executor, job, len(missing))
+    with threadpool_limits(job.threads, "blas"), bar:
+        for part, result in zip(missing, results, strict=True):
+            kept.add(part, result)
+            bar.set_postfix_str(f"{len(kept.found)} of {len(parts)} matrices", refresh=False)
+            bar.update(part.stored)
+    return [(p, kept.found[_key(p)]) for p in parts]
+
+
+def _mapped(
+    function: Callable, items: Iterable, executor: Executor | None, job: Job, ahead: int = IN_FLIGHT
+) -> Iterator:
+    """`map`, done by an executor if there is one: in order, `ahead` items handed out at most."""
+    if executor is None:
+        yield from map(function, items)
+        return
+    waiting = deque()
+    try:
+        for item in items:
+            waiting.append(executor.submit(_limited, function, job.threads, item))
+            if len(waiting) == ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenExecutor as error:
+        raise WdlibError(
+            f"a worker died ({error}), perhaps for want of memory: each needs three times the "
+            "largest matrix in float32; use fewer, and run the same command again."
+        ) from error
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _limited(function: Callable, threads: int, item: object) -> Any:
+    with threadpool_limits(threads, "blas"):
+        return function(item)
+
+
+def _of_projection(job: Job, p: weights.Projection) -> tuple[str, SingularValues]:
+    """Type and singular values. A function of its own, so that the matrix is let go of with it."""
+    found = top_singular_values(
+        p.matrix, job.rank, certify=job.certify, device=job.device, name=f"tensor {p.name}"
+    )
+    return p.type, found
+
+
+def _of_part(job: Job, part: weights.Part) -> SingularValues:
+    return _of_projection(job, weights.read(part))[1]
+
+
+def _bar(parts: list[weights.Part], kept: "_Journal") -> dict[str, Any]:
+    """What a progress bar has to know: all bytes, and those that an earlier run has done."""
+    done = sum(p.stored for p in parts if _key(p) in kept.found)
+    total = sum(p.stored for p in parts)
+    return {"total": total, "initial": done, "unit": "B", "unit_scale": True}
+
+
+def _given(job: Job) -> str:
+    """The options of a job that are not the usual ones, but for those in the provenance anyway."""
+    names = [f.name for f in fields(job) if f.name not in ("rank", "certify", "shard")]
+    given = [n for n in names if getattr(job, n) != getattr(Job, n)]
+    return ", ".join(f"{n}={getattr(job, n)}" for n in ("rank", *given))
+
+
+def _counted(methods: Counter) -> str:
+    return ", ".join(f"{method} {number}" for method, number in sorted(methods.items()))
+
+
+def _worst(values: dict[str, np.ndarray], error: dict[str, np.ndarray]) -> str:
+    """The largest relative error; of values that are zero within theirs, it says nothing."""
+    ratios = (error[t] / np.where(v > error[t], v, np.inf) for t, v in values.items())
+    return f"{max(float(np.max(r)) for r in ratios):.1e}"
+
+
+def _key(part: weights.Part) -> tuple[int, str, int | None]:
+    return part.entry.layer, part.entry.type, part.entry.expert
+
+
+def _place(layer: int, expert: int | None) -> tuple[int, int]:
+    return layer, -1 if expert is None else expert
+
+
+class _Journal:
+    """Finished matrices of a job: lines of JSON, appended one by one, after one that says whose.
+
+    found: (layer, type, expert) -> singular values. created: the day on which the job began.
+    A line that a killed process left torn is passed over; a file of another job begins anew.
+    """
+
+    def __init__(self, path: Path | None, job: str) -> None:
+        self.path, self.found, self.created = path, {}, datetime.now(UTC).date().isoformat()
+        if path is None:
+            return
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        head, *records = [_parsed(line) for line in lines] or [{}]
+        if head.get("job") != job:
+            if lines:
+                _log.warning("%s is of other weights or another job, and begins anew", path)
+            with paths.whole(path) as part:
+                part.write_bytes(_line({"job": job, "created": self.created}))
+            return
+        self.created = head["created"]
+        for r in filter(None, records):
+            found = SingularValues(np.array(r["values"]), np.array(r["error"]), r["method"])
+            self.found[r["layer"], r["type"], r["expert"]] = found
+        self._append(b"\n")  # ends a torn line
+
+    def add(self, part: weights.Part, result: SingularValues) -> None:
+        layer, type, expert = key = _key(part)
+        self.found[key] = result
+        record = {"layer": layer, "type": type, "expert": expert, "method": result.method}
+        record |= {"values": result.values.tolist(), "error": result.error.tolist()}
+        self._append(_line(record))
+
+    def _append(self, line: bytes) -> None:
+        if self.path is not None:
+            with self.path.open("ab", buffering=0) as file:
+                file.write(line)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def largest_rank(model: str | Path | models.Checkpoint) -> int:
@@ -275,10 +547,11 @@ def of(model: str | Path, rank: int, *, progress: bool = False) -> Spectra:
     content = models.content_hash(checkpoint)
     path = paths.CACHE / "spectra" / f"{checkpoint.name}-{content[:16]}-r{rank}.safetensors"
     if path.is_file():
-        return load(path)
-    spectra = compute(replace(checkpoint, sha256=content), rank, progress=progress)
-    save(spectra, path)
-    return spectra
+        try:
+            return load(path)
+        except WdlibError as error:
+            _log.warning("computing again: %s", error)
+    return compute_to(path, replace(checkpoint, sha256=content), rank, progress=progress)
 
 
 def stored(model: str) -> Path:
@@ -290,8 +563,30 @@ def _one_row_a_layer(layers: int) -> tuple[tuple[int, None], ...]:
     return tuple((layer, None) for layer in range(layers))
 
 
+def check_device(device: str) -> None:
+    """Raise WdlibError unless `device` is one of DEVICES and this machine has it."""
+    if device not in DEVICES:
+        raise WdlibError(f"there is no device {device!r}: choose one of {', '.join(DEVICES)}.")
+    if device == "cpu":
+        return
+    try:
+        import torch
+    except ImportError as error:
+        raise WdlibError(
+            f"the device {device} needs torch, which is not installed: install wdlib[lora]."
+        ) from error
+    backend = torch.cuda if device == "cuda" else torch.backends.mps
+    if not backend.is_available():
+        raise WdlibError(f"torch finds no {device} device on this machine: choose cpu.")
+
+
 def top_singular_values(
-    matrix: np.ndarray, r: int, *, certify: bool = True, name: str = "the matrix"
+    matrix: np.ndarray,
+    r: int,
+    *,
+    certify: bool = True,
+    device: str = "cpu",
+    name: str = "the matrix",
 ) -> SingularValues:
     """The r largest singular values of a matrix, with a bound on the error of each.
 
@@ -299,10 +594,14 @@ def top_singular_values(
     certify=True proves the bounds: it also counts the values above the cut, so that none can be
     missed. Where the proof fails, a slower method answers. certify=False trusts the Krylov space to
     have found the largest values, as any iterative solver does; its bounds hold under that premise.
+    device: of DEVICES, where the float32 product is made, most of the work on a large matrix. It
+    need not be trusted: what rounding did to it is in the proof. All else stays on the CPU.
 
-    Raises WdlibError for NaN, infinity or an r out of range; `name` is named in the message.
+    Raises WdlibError for NaN, infinity, an r out of range (`name` is named in the message), or a
+    device that is not there.
     Source: arXiv 2509.00046, section 2 (the paper names no algorithm).
     """
+    check_device(device)
     W = np.asarray(matrix)
     if W.ndim != 2 or not 1 <= r <= min(W.shape):
         raise WdlibError(
@@ -322,7 +621,7 @@ def top_singular_values(
         W = W.astype(np.float64) / scale
     result = None
     if W.shape[0] > DENSE_DIMENSION and r * DENSE_FRACTION <= W.shape[0]:
-        result = _gram_lanczos(W, r, certify)
+        result = _gram_lanczos(W, r, certify, device)
     if result is None:
         result = _gram_float64(W, r)
     if result is None:
@@ -333,7 +632,12 @@ def top_singular_values(
 def _gram_float64(W: np.ndarray, r: int) -> SingularValues | None:
     """All eigenvalues of W W^T in float64; None where squaring costs too many digits."""
     n, m = W.shape
-    G = _syrk(W.astype(np.float64, copy=False))
+    # All of a matrix up to PRODUCT_BYTES in one piece, so that it takes one product.
+    step = max(1, m if 8 * W.size <= PRODUCT_BYTES else PRODUCT_BYTES // (8 * n))
+    G = _syrk(W[:, :step].astype(np.float64, copy=False))
+    for j in range(step, m, step):
+        piece = W[:, j : j + step].astype(np.float64, order="F")
+        G = blas.dsyrk(1.0, piece, beta=1.0, c=G, lower=1, overwrite_c=1)
     eigenvalues = linalg.eigh(
         G, lower=True, eigvals_only=True, overwrite_a=True, check_finite=False, driver="evd"
     )
@@ -374,10 +678,14 @@ def _syrk(W: np.ndarray) -> np.ndarray:
     return syrk(1.0, W, lower=1)
 
 
-def _gram_lanczos(W: np.ndarray, r: int, certify: bool) -> SingularValues | None:
+def _gram_lanczos(
+    W: np.ndarray, r: int, certify: bool, device: str = "cpu"
+) -> SingularValues | None:
     """Block Lanczos on the float32 product, corrected by the exact W; None where unproven."""
     n = W.shape[0]
-    G = _mirror(_syrk(W.astype(np.float32, copy=False)))
+    W32 = W.astype(np.float32, copy=False)
+    G = _mirror(_syrk(W32) if device == "cpu" else _product_on(device, W32))
+    del W32
     krylov = _block_lanczos(G, r)
     if krylov is None:
         return None
@@ -399,6 +707,14 @@ def _gram_lanczos(W: np.ndarray, r: int, certify: bool) -> SingularValues | None
     shift = 2 * residual**2 / (gap + np.sqrt(gap**2 + 4 * residual**2))
     rounding = max(W.shape) * np.finfo(float).eps * theta[0]
     return _accept(theta[:r], shift + rounding, W.shape, "gram-lanczos")
+
+
+def _product_on(device: str, W: np.ndarray) -> np.ndarray:
+    """As `_syrk` for float32, made by torch on another device."""
+    import torch
+
+    X = torch.from_numpy(np.require(W, requirements="W")).to(device)
+    return np.triu((X @ X.T).cpu().numpy()).T
 
 
 def _mirror(G: np.ndarray, block: int = 256) -> np.ndarray:
@@ -491,10 +807,11 @@ def _proven_rest(
 
     L L^T = tau I - G + V diag(theta) V^T exists only if the complement of V lies below tau. What
     rounding changed, in G, in the deflation and in L, is measured on probes = (X, A X) with the
-    exact A and added to tau. V: (n, c) float64 orthonormal; theta: (c,) its Ritz values.
+    exact A and added to tau. V: (n, c) float64 orthonormal; theta: (c,) its Ritz values. G is
+    overwritten: for the largest matrices, a copy would be much of the memory.
     """
     S = np.asfortranarray(V * np.sqrt(theta), dtype=np.float32)
-    M = blas.ssyrk(1.0, S, beta=-1.0, c=G.T.copy(order="F"), lower=1, overwrite_c=1)
+    M = blas.ssyrk(1.0, S, beta=-1.0, c=G.T, lower=1, overwrite_c=1)
     M[np.diag_indices(len(G))] += np.float32(tau)
     L, info = lapack.spotrf(M, lower=1, clean=1, overwrite_a=1)
     if info:

@@ -1,7 +1,8 @@
 """Checkpoint -> stream of weight matrices (layer, type, matrix), one in memory at a time.
 
 Safetensors and GGUF files are read by their headers: a tensor's bytes are read only when its matrix
-is asked for, with plain reads (a memory map would make the resident set grow to the file's size).
+is asked for, with plain reads (a memory map would make the resident set grow to the file's size),
+or as ranges of a file on the hub. While a matrix is in use, the bytes of the next are being read.
 Which tensor is which projection is data: `RULES`. Adding an architecture is adding rows there.
 """
 
@@ -12,8 +13,10 @@ import mmap
 import re
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,10 @@ import numpy as np
 
 from wdlib import TYPES, WdlibError
 from wdlib.models import Checkpoint, resolve
+from wdlib.remote import RemoteFile
+
+HEADERS_AT_ONCE = 8
+"""Headers of so many files are read at the same time: on the hub, each waits for two answers."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    file: Path
+    file: Path | RemoteFile
     offset: int
     size: int
 
@@ -174,8 +181,11 @@ class _Geometry:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A matrix and the piece of a tensor that it is: rows or columns `start` .. `start + size`."""
+class Part:
+    """A matrix and the piece of a tensor that it is: rows or columns `start` .. `start + size`.
+
+    All that `read` needs, and small: made to be sent to another process.
+    """
 
     entry: Entry
     tensor: Tensor
@@ -183,6 +193,19 @@ class _Part:
     heads: int
     start: int
     size: int
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First row and number of the rows to read, all axes of the tensor but the last in one."""
+        rows = self.tensor.shape[-2]
+        first = rows * self.entry.expert if len(self.tensor.shape) == 3 else 0
+        return (first + self.start, self.size) if self.layout == "linear" else (first, rows)
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the matrix where it is stored."""
+        values = math.prod(self.entry.shape)
+        return self.tensor.size * values // math.prod(self.tensor.shape)
 
 
 def inventory(model: str | Path | Checkpoint) -> list[Entry]:
@@ -205,28 +228,82 @@ def projections(
 ) -> Iterator[Projection]:
     """Stream the weight matrices W[l, p] (arXiv 2509.00046, section 2), one in memory at a time.
 
-    `layers` (counted from 0) and `types` (of `wdlib.TYPES`) limit what is read; a type that the
-    architecture does not have (gate in GPT-2) yields nothing. The order is that of `inventory`.
+    Arguments and errors as `plan` has them, at once; while streaming, WdlibError for a matrix that
+    holds NaN or infinity or cannot be read.
+    """
+    return stream(plan(model, layers=layers, types=types))
 
-    Raises WdlibError at once for what `inventory` refuses and for an unknown layer or type, and
-    while streaming for a matrix that holds NaN or infinity.
+
+def plan(
+    model: str | Path | Checkpoint,
+    *,
+    layers: Iterable[int] | None = None,
+    types: Iterable[str] | None = None,
+) -> list[Part]:
+    """What there is to read of a checkpoint, from the headers of its files alone.
+
+    `layers` (counted from 0) and `types` (of `wdlib.TYPES`) limit it; a type that the architecture
+    does not have (gate in GPT-2) yields nothing. The order is that of `inventory`.
+
+    Raises WdlibError for what `inventory` refuses, for an unknown layer or type, and for matrices
+    that are stored in a way that cannot be read.
     """
     checkpoint = _checkpoint(model)
-    plan = _plan(checkpoint)
-    last = plan[-1].entry.layer
+    parts = _plan(checkpoint)
+    last = parts[-1].entry.layer
     layers = range(last + 1) if layers is None else set(layers)
     types = TYPES if types is None else set(types)
     for unknown in sorted(set(layers) - set(range(last + 1))):
         raise WdlibError(f"{checkpoint.name} has no layer {unknown}: its layers are 0 to {last}.")
     for unknown in sorted(set(types) - set(TYPES)):
         raise WdlibError(f"There is no projection type {unknown!r}: give some of {TYPES}.")
-    plan = [part for part in plan if part.entry.layer in layers and part.entry.type in types]
-    for tensor in {part.tensor.dtype: part.tensor for part in plan}.values():
+    parts = [part for part in parts if part.entry.layer in layers and part.entry.type in types]
+    for tensor in {part.tensor.dtype: part.tensor for part in parts}.values():
         _check_readable(tensor)
-    return (
-        Projection(p.entry.layer, p.entry.type, p.entry.name, _matrix(p), p.entry.expert)
-        for p in plan
-    )
+    return parts
+
+
+def read(part: Part) -> Projection:
+    """One matrix of a plan, from where it is stored. Raises WdlibError as `projections` does."""
+    return _projection(part, _read(part.tensor, *part.rows))
+
+
+def stream(parts: Sequence[Part]) -> Iterator[Projection]:
+    """The matrices of a plan in its order; while one is in use, the bytes of the next are read.
+
+    In memory are one matrix, if whoever takes it lets go of it before asking for the next, and the
+    next one as it is stored. A tensor that has to be read whole for several matrices is read once,
+    if they follow each other.
+
+    Raises WdlibError as `projections` does.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for part, following in zip_longest(parts, parts[1:]):
+            ahead = ahead or pool.submit(_read, part.tensor, *part.rows)
+            made = [_projection(part, ahead.result())]
+            # Only now: two matrices as stored and one in float32 would be the peak otherwise.
+            if following is None or (following.tensor, following.rows) != (part.tensor, part.rows):
+                ahead = following and pool.submit(_read, following.tensor, *following.rows)
+            yield made.pop()  # a variable of this function would keep it alive
+
+
+def named(
+    tensor: str, architecture: str | None = None
+) -> tuple[int, tuple[str, ...], int | None] | None:
+    """Layer, types and expert of the projections that a tensor's name stands for.
+
+    Arguments: tensor, as checkpoints write it ("model.layers.0.self_attn.q_proj.weight");
+    architecture, the `model_type` of the model.
+    Returns: None for a name that no row of `RULES` fits; several types for a tensor that joins
+    them; expert None outside of routed experts.
+    """
+    found = _match(tensor, architecture)
+    if found is None:
+        return None
+    rule, groups = found
+    expert = groups.get("expert")
+    return int(groups["layer"]), rule.types, None if expert is None else int(expert)
 
 
 def requantise(projection: Projection, kind: str) -> Projection:
@@ -308,17 +385,13 @@ def _checkpoint(model: str | Path | Checkpoint) -> Checkpoint:
     return model if isinstance(model, Checkpoint) else resolve(model)
 
 
-def _plan(checkpoint: Checkpoint) -> list[_Part]:
+def _plan(checkpoint: Checkpoint) -> list[Part]:
     """The pieces of tensors to read, in the order of `inventory`."""
     geometry, tensors = _headers(checkpoint)
     parts = []
     for tensor in tensors.values():
-        for rule, pattern in _COMPILED:
-            if rule.architectures and geometry.architecture not in rule.architectures:
-                continue
-            if match := pattern.fullmatch(tensor.name):
-                parts += _parts(tensor, rule, match.groupdict(), geometry)
-                break
+        if found := _match(tensor.name, geometry.architecture):
+            parts += _parts(tensor, *found, geometry)
     if geometry.layers is not None:
         parts = [part for part in parts if part.entry.layer < geometry.layers]
     if not parts:
@@ -335,6 +408,18 @@ def _plan(checkpoint: Checkpoint) -> list[_Part]:
 
 
 _COMPILED = tuple((rule, re.compile(rule.pattern)) for rule in RULES)
+
+
+def _match(name: str, architecture: str | None) -> tuple[Rule, dict[str, str | None]] | None:
+    """The first row of the naming table that a tensor's name fits, and what its groups hold."""
+    for rule, pattern in _COMPILED:
+        if rule.architectures and architecture not in rule.architectures:
+            continue
+        if match := pattern.fullmatch(name):
+            return rule, match.groupdict()
+    return None
+
+
 _QUANTISED = re.compile(r".*\.(?:qweight|weight_packed|weight\.absmax|weight_scale|SCB)")
 
 
@@ -356,7 +441,7 @@ def _refuse_names(checkpoint: Checkpoint, geometry: _Geometry, tensors: dict[str
 
 def _parts(
     tensor: Tensor, rule: Rule, groups: dict[str, str | None], geometry: _Geometry
-) -> Iterator[_Part]:
+) -> Iterator[Part]:
     """The matrices that one tensor holds."""
     where = f"tensor {tensor.name} of {tensor.file.name}"
     dimensions = (2, 3) if groups.get("expert") is None else (2,)
@@ -390,7 +475,7 @@ def _parts(
             entry = Entry(
                 int(groups["layer"]), kind, tensor.name, (size, d_in), tensor.dtype, expert
             )
-            yield _Part(entry, tensor, rule.layout, heads or 1, start, size)
+            yield Part(entry, tensor, rule.layout, heads or 1, start, size)
 
 
 _MLP = ("gate", "up", "down")
@@ -431,26 +516,26 @@ def _check_complete(checkpoint: Checkpoint, geometry: _Geometry, entries: list[E
             )
 
 
-# Reading one matrix ------------------------------------------------------------------------------
+# Reading matrices --------------------------------------------------------------------------------
 
 
-def _matrix(part: _Part) -> np.ndarray:
-    """Read one matrix: float32, (d_out, d_in), C order."""
+def _projection(part: Part, raw: np.ndarray) -> Projection:
+    entry = part.entry
+    return Projection(entry.layer, entry.type, entry.name, _matrix(part, raw), entry.expert)
+
+
+def _matrix(part: Part, raw: np.ndarray) -> np.ndarray:
+    """One matrix from the bytes of its rows: float32, (d_out, d_in), C order."""
     entry, tensor = part.entry, part.tensor
-    rows = tensor.shape[-2]
-    first = rows * entry.expert if len(tensor.shape) == 3 else 0
+    matrix = _decode(raw, tensor.dtype)
     if part.layout == "conv1d":
-        stored = _read(tensor, first, rows)
-        matrix = np.ascontiguousarray(stored[:, part.start : part.start + part.size].T)
+        matrix = np.ascontiguousarray(matrix[:, part.start : part.start + part.size].T)
     elif part.layout == "heads":
-        stored = _read(tensor, first, rows).reshape(part.heads, 3, -1, entry.shape[1])
-        position = ("q", "k", "v").index(entry.type)
-        matrix = stored[:, position].reshape(entry.shape)
+        matrix = matrix.reshape(part.heads, 3, -1, entry.shape[1])
+        matrix = matrix[:, ("q", "k", "v").index(entry.type)].reshape(entry.shape)
     elif part.layout == "rope":
-        stored = _read(tensor, first, rows).reshape(part.heads, -1, 2, entry.shape[1])
-        matrix = stored.swapaxes(1, 2).reshape(entry.shape)
-    else:
-        matrix = _read(tensor, first + part.start, part.size)
+        matrix = matrix.reshape(part.heads, -1, 2, entry.shape[1])
+        matrix = matrix.swapaxes(1, 2).reshape(entry.shape)
     if not np.isfinite(matrix).all():
         raise WdlibError(
             f"The tensor {tensor.name} of {tensor.file.name} holds NaN or infinity: the file is "
@@ -460,21 +545,24 @@ def _matrix(part: _Part) -> np.ndarray:
 
 
 def _read(tensor: Tensor, first: int, count: int) -> np.ndarray:
-    """Read `count` rows from row `first` of a tensor (all but the last axis flattened), float32."""
+    """The bytes (rows, bytes per row) of `count` rows from row `first`, all axes but the last."""
     row = tensor.size // math.prod(tensor.shape[:-1])
     raw = np.empty((count, row), np.uint8)
-    view = memoryview(raw).cast("B")
+    buffer, offset = memoryview(raw).cast("B"), tensor.offset + first * row
+    if isinstance(tensor.file, RemoteFile):
+        tensor.file.read_into(offset, buffer)
+        return raw
     with tensor.file.open("rb", buffering=0) as file:
-        file.seek(tensor.offset + first * row)
+        file.seek(offset)
         done = 0
-        while done < len(view):
-            got = file.readinto(view[done:])
+        while done < len(buffer):
+            got = file.readinto(buffer[done:])
             if not got:
                 raise WdlibError(
                     f"{tensor.file} ends inside the tensor {tensor.name}: download it again."
                 )
             done += got
-    return _decode(raw, tensor.dtype)
+    return raw
 
 
 def _decode(raw: np.ndarray, dtype: str) -> np.ndarray:
@@ -518,27 +606,27 @@ def _check_readable(tensor: Tensor) -> None:
 
 def _headers(checkpoint: Checkpoint) -> tuple[_Geometry, dict[str, Tensor]]:
     """Geometry and table of tensors of all files of a checkpoint."""
-    tensors: dict[str, Tensor] = {}
-    metadata: dict[str, Any] = {}
-    for path in checkpoint.files:
-        if path.suffix == ".gguf":
-            metadata, table = gguf_header(path)
-        else:
-            table = safetensors_header(path)
-        tensors |= table
-    if metadata:
+    first = checkpoint.files[0]
+    if first.suffix == ".gguf":
+        metadata, tensors = gguf_header(first)
         return _geometry_of_gguf(metadata), tensors
-    return _geometry_of_config(checkpoint.files[0].parent / "config.json"), tensors
+    config = checkpoint.config
+    if isinstance(first, Path) and (first.parent / "config.json").is_file():
+        config = first.parent / "config.json"
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        tables = list(pool.map(safetensors_header, checkpoint.files))
+    return _geometry_of_config(config), {k: t for table in tables for k, t in table.items()}
 
 
-def _geometry_of_config(path: Path) -> _Geometry:
-    if not path.is_file():
+def _geometry_of_config(file: Path | RemoteFile | None) -> _Geometry:
+    if file is None:
         return _Geometry()
+    content = file.read(0, file.size) if isinstance(file, RemoteFile) else file.read_bytes()
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(content)
         config = config.get("text_config", config)
     except (ValueError, AttributeError) as error:
-        raise WdlibError(f"{path} is not a model's configuration ({error}).") from error
+        raise WdlibError(f"{file} is not a model's configuration ({error}).") from error
 
     def first(*keys: str) -> Any:
         return next((config[key] for key in keys if config.get(key) is not None), None)
@@ -567,15 +655,14 @@ def _geometry_of_gguf(metadata: dict[str, Any]) -> _Geometry:
     )
 
 
-def safetensors_header(path: Path) -> dict[str, Tensor]:
+def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
     """Table of the tensors of a safetensors file, by name."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size - 8:
-            raise WdlibError(f"{path} is truncated or no safetensors file: download it again.")
-        text = file.read(length)
+    size = path.size if isinstance(path, RemoteFile) else path.stat().st_size
+    start = _beginning(path, 0, min(8, size))
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        raise WdlibError(f"{path} is truncated or no safetensors file: download it again.")
+    text = _beginning(path, 8, length)
     table = {}
     try:
         for name, item in json.loads(text).items():
@@ -595,6 +682,14 @@ def safetensors_header(path: Path) -> dict[str, Tensor]:
         wanted = math.prod(tensor.shape) * int(bits[0]) // 8 if tensor.dtype in _EXACT else None
         _check_extent(tensor, size, wanted)
     return table
+
+
+def _beginning(path: Path | RemoteFile, offset: int, size: int) -> bytes:
+    if isinstance(path, RemoteFile):
+        return bytes(path.read(offset, size))
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 _EXACT = (*_FLOATS, "BF16")

@@ -8,7 +8,6 @@ the models are there.
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
 from confusion import write
 
 from wdlib import models, paths, spectra, weights
@@ -28,8 +27,7 @@ def stored_as(model: str, kind: str) -> spectra.Spectra:
     stream: Iterator[weights.Projection] = (
         weights.requantise(p, kind) for p in weights.projections(model)
     )
-    found = spectra.collect(stream, RANK)
-    values = {t: np.stack([f.values for f in rows]) for t, rows in found.items()}
+    values, _ = spectra.stack(spectra.collect(stream, RANK))
     return replace(spectra.load(model, rank=RANK), values=values)
 
 

@@ -1,0 +1,501 @@
+"""wdlib.fingerprints: closed forms, planted clusters, copies that come back, the command."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from safetensors.numpy import save_file
+from sklearn.metrics import adjusted_rand_score
+
+from wdlib import TYPES, WdlibError, cli, fingerprints, paths, spectra, weights
+from wdlib.fingerprints import (
+    COPY_THRESHOLD,
+    Clusters,
+    Moments,
+    cluster,
+    cluster_distance,
+    clustering_vector,
+    deviation_distance,
+    deviation_vector,
+    distance_table,
+    identify,
+    matched,
+    moments,
+    pooled,
+    recovery,
+    spectral_difference,
+)
+
+SHIPPED = sorted(path.stem for path in (paths.RESULTS / "fingerprints").glob("*.json"))
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+# Standard deviations --------------------------------------------------------------------------
+
+
+def test_moments_are_numpys_in_one_pass_over_blocks(monkeypatch):
+    monkeypatch.setattr(fingerprints, "BLOCK", 1000)
+    matrix = rng().standard_normal((57, 91)).astype(np.float32) + 3
+    found = moments(matrix)
+    exact = matrix.astype(np.float64)
+    assert found.n == exact.size
+    assert_allclose(found.mean, exact.mean(), rtol=1e-14)
+    assert_allclose(found.deviation, exact.std(), rtol=1e-13)
+    assert moments(matrix.T.copy().T).n == exact.size
+
+
+def test_moments_keep_their_digits_where_sums_of_squares_lose_them():
+    values = 1e8 + rng().standard_normal(5000)
+    exact = (values - 1e8).std()
+    assert_allclose(moments(values).deviation, exact, rtol=1e-7)
+    naive = np.sqrt(max(np.mean(values**2) - np.mean(values) ** 2, 0))
+    assert abs(naive / exact - 1) > 1e-3
+
+
+def test_only_a_block_is_copied(monkeypatch):
+    import tracemalloc
+
+    monkeypatch.setattr(fingerprints, "BLOCK", 10_000)
+    matrix = np.ones((2000, 1000), np.float32)
+    tracemalloc.start()
+    moments(matrix)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000  # bytes; the matrix has eight million
+
+
+def test_pooled_moments_are_those_of_all_values_together():
+    parts = [rng(i).standard_normal(n) * (i + 1) + i for i, n in enumerate((5, 300, 41))]
+    together = np.concatenate(parts)
+    found = pooled(moments(part) for part in parts)
+    assert found.n == together.size
+    assert_allclose([found.mean, found.deviation], [together.mean(), together.std()], rtol=1e-13)
+    assert Moments(3, 1.0, 6.0) + Moments(1, 5.0, 0.0) == Moments(4, 2.0, 18.0)
+
+
+@pytest.mark.parametrize(
+    ("normalise", "wanted"), [("l2", (0.6, 0.8)), ("sum", (3 / 7, 4 / 7)), ("max", (0.75, 1))]
+)
+def test_the_deviation_vector_is_normalised_as_asked(normalise, wanted):
+    found = deviation_vector({"q": 0.3, "up": 0.4}, normalise=normalise)
+    assert list(found) == ["q", "up"]
+    assert_allclose(list(found.values()), wanted)
+
+
+def test_a_deviation_vector_of_nothing_or_of_an_unknown_kind_is_refused():
+    with pytest.raises(WdlibError, match="no normalisation 'l1': choose one of l2, sum, max"):
+        deviation_vector({"q": 1.0}, normalise="l1")
+    with pytest.raises(WdlibError, match="all zero"):
+        deviation_vector({"q": 0.0})
+
+
+def test_quantiles_and_tail_ratio_of_known_distributions():
+    from scipy import stats
+
+    def binned(law, bins=8000):
+        edges = np.linspace(-20, 20, bins + 1)
+        density = np.diff(law.cdf(edges)) / (edges[1] - edges[0])
+        return weights.ValueDistribution(1, 0, 1, 0, (edges[:-1] + edges[1:]) / 2, density)
+
+    normal, laplace = binned(stats.norm()), binned(stats.laplace(scale=0.5**0.5))
+    p = [1e-4, 0.1, 0.5, 0.975]
+    assert_allclose(fingerprints.quantiles(normal, p), stats.norm.ppf(p), atol=2e-3)
+    assert_allclose(fingerprints.tail_ratio(normal), 1, rtol=1e-3)
+    wanted = (np.log(2e-4) / np.log(0.5)) / (stats.norm.ppf(1e-4) / stats.norm.ppf(0.25))
+    assert_allclose(fingerprints.tail_ratio(laplace), wanted, rtol=2e-3)
+    narrow = replace(normal, centres=normal.centres / 10, density=normal.density * 5)
+    assert fingerprints.quantiles(narrow, [0.2, 0.9]).tolist() == [-2, 2]
+
+
+# Clusters -------------------------------------------------------------------------------------
+
+
+def planted(k=4, per=12, noise=0.01, seed=0):
+    """Vectors k^-s of k steepnesses s, each `per` times, of any length; and the truth."""
+    index = np.arange(1, 17.0)
+    truth = np.repeat(np.arange(k), per)
+    shapes = index ** -(0.05 + 0.3 * truth[:, None])
+    noisy = shapes * (1 + noise * rng(seed).standard_normal(shapes.shape))
+    return noisy * rng(seed + 1).uniform(1, 9, (len(truth), 1)), truth
+
+
+def test_planted_clusters_are_found_flattest_first_whatever_their_length():
+    vectors, truth = planted()
+    shuffled = rng(5).permutation(len(truth))
+    clusters = cluster({"q": vectors[shuffled][:20], "k": vectors[shuffled][20:]}, k=4, starts=20)
+    assert (clusters.assign(vectors) == truth).all()
+    shares = clustering_vector({"up": vectors[:18], "q": vectors[12:]}, clusters)
+    assert list(shares) == ["q", "up"]
+    assert_allclose(shares["up"], [12 / 18, 6 / 18, 0, 0])
+    assert_allclose(shares["q"], [0, 1 / 3, 1 / 3, 1 / 3])
+
+
+def test_unscaled_clusters_go_by_the_norm_of_their_centre():
+    vectors = np.concatenate([m * (1 + 0.01 * rng(i).random((9, 5))) for i, m in ((0, 7), (1, 2))])
+    clusters = cluster({"q": vectors}, k=2, scaled=False, starts=5)
+    assert clusters.assign(vectors).tolist() == [1] * 9 + [0] * 9
+    assert_allclose(clusters.centres[0], vectors[9:].mean(axis=0))
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m-instruct", "gemma-3-270m"])
+def test_clusters_of_a_real_model_do_not_hang_on_the_seed_or_on_the_last_digits(model):
+    kept = fingerprints.of(model)
+    wanted = kept.clusters.assign(np.concatenate(list(kept.singular_values.values())))
+    noisy = {t: v * (1 + 1e-7 * rng().random(v.shape)) for t, v in kept.singular_values.items()}
+    found = cluster(noisy, seed=1).assign(np.concatenate(list(noisy.values())))
+    assert adjusted_rand_score(wanted, found) == 1
+    assert (wanted == found).all()
+
+
+def test_clusters_that_cannot_be_are_refused():
+    with pytest.raises(WdlibError, match="3 distinct singular value vectors do not make 4"):
+        cluster({"q": np.eye(3)[[0, 1, 2, 2]]}, k=4)
+    with pytest.raises(WdlibError, match="zero or not finite"):
+        cluster({"q": np.array([[1.0, 0], [0, 0]])}, k=1)
+
+
+def test_matched_clusters_take_the_numbers_of_the_others():
+    vectors, _ = planted()
+    one = cluster({"q": vectors}, k=4, starts=20)
+    other = Clusters(one.centres[[2, 0, 3, 1]] + 1e-6)
+    assert_allclose(matched(other, one).centres, one.centres, atol=1e-5)
+
+
+def test_the_right_number_of_well_separated_clusters_has_the_best_scores():
+    vectors, _ = planted()
+    scores = {c.k: c for c in fingerprints.choices({"q": vectors}, range(2, 7), resamples=6)}
+    assert max(scores.values(), key=lambda c: c.silhouette).k == 4
+    assert scores[4].stability == 1
+    assert scores[4].spread == 0
+    assert scores[4].silhouette > 0.8
+    assert scores[6].stability < 0.99
+
+
+# Distances ------------------------------------------------------------------------------------
+
+
+def test_distances_use_the_shared_types_only():
+    full = {t: float(i + 1) for i, t in enumerate(TYPES)}
+    encoder = {t: 5 * v for t, v in full.items() if t != "gate"}
+    assert deviation_distance(full, encoder) == pytest.approx(0, abs=1e-15)
+    assert deviation_distance({"q": 1, "k": 0}, {"q": 0, "k": 7, "up": 3}) == pytest.approx(2**0.5)
+    one, two = {"q": np.array([1, 0, 0]), "v": np.eye(3)[1]}, {"q": np.array([0.5, 0.5, 0])}
+    assert cluster_distance(one, two) == pytest.approx(0.5)
+    with pytest.raises(WdlibError, match="share 1 types, and comparing them takes 2"):
+        deviation_distance({"q": 1, "k": 1}, {"q": 1, "up": 1})
+    with pytest.raises(WdlibError, match="share 0 types"):
+        cluster_distance(one, {"k": np.ones(3) / 3})
+    with pytest.raises(WdlibError, match="3 and 2 clusters"):
+        cluster_distance(one, {"q": np.array([1, 0])})
+
+
+def test_the_spectral_difference_of_scaled_cut_and_repeated_spectra():
+    vectors, _ = planted()
+    one = {"q": vectors, "up": vectors[::-1]}
+    assert spectral_difference(one, one) == 0
+    assert spectral_difference({"q": vectors[[3, 3, 9]]}, one) == 0
+    assert spectral_difference({"q": vectors[:, :4]}, one) == 0
+    far = {"q": np.array([[8.0, 6.0]])}
+    assert spectral_difference(far, {"q": np.array([[4.0, 3.0]])}) == pytest.approx(0.5)
+    assert spectral_difference({"q": np.array([[4.0, 3.0]])}, far) == pytest.approx(0.5)
+
+
+def test_recovery_against_all_orders_by_hand():
+    points = np.array([0.0, 1.0, 5.0, 9.0, 20.0])
+    table = distance_table(points, lambda a, b: abs(a - b))
+    found = recovery(table, ["a", "a", "b", "c", "d"])
+    # Only 0 and 1 are each other's nearest, so of the ten places for a pair one gives two hits, and
+    # the pairs (1, 2), (2, 3) and (3, 4) give one.
+    assert (found.hits, found.tried) == (2, 2)
+    assert found.smallest == found.p == pytest.approx(0.1)
+    assert found.expected == pytest.approx((2 + 1 + 1 + 1) / 10)
+    worst = recovery(table, ["a", "b", "c", "d", "a"])
+    assert (worst.hits, worst.p) == (0, 1)
+    with pytest.raises(WdlibError, match="5 models are of as many families"):
+        recovery(table, list("abcde"))
+
+
+def test_recovery_is_sure_with_many_models_and_has_its_level():
+    families = np.repeat(np.arange(6), 3)
+    points = families * 10 + rng().random(18)
+    table = np.abs(points[:, None] - points)
+    assert recovery(table, families).p == pytest.approx(1e-4)
+    p = [
+        recovery(np.abs(np.subtract.outer(x, x)), families, permutations=99, seed=1).p
+        for x in rng(3).random((200, 18))
+    ]
+    assert np.mean(np.array(p) <= 0.05) < 0.1
+    assert np.mean(p) > 0.4
+
+
+# Fingerprints of models -----------------------------------------------------------------------
+
+
+LAYERS, SIZES = 6, {"q": (96, 96), "k": (32, 96), "v": (32, 96), "o": (96, 96)}
+MLP = {"gate": (128, 96), "up": (128, 96), "down": (96, 128)}
+NAMES = {t: f"self_attn.{t}_proj" for t in SIZES} | {t: f"mlp.{t}_proj" for t in MLP}
+
+
+def matrices(seed, *, slope=0.7, gate=True):
+    """Weights of a small decoder whose spectra fall like a power law that differs by type."""
+    found = {}
+    for layer in range(LAYERS):
+        for i, (t, (rows, columns)) in enumerate((SIZES | MLP).items()):
+            if t == "gate" and not gate:
+                continue
+            draw = rng([seed, layer, i])
+            falling = np.arange(1, columns + 1.0) ** -(slope * (1 + 0.1 * i) * draw.uniform(0.5, 1))
+            matrix = draw.standard_normal((rows, columns)) * falling * draw.uniform(0.5, 1.5)
+            found[f"model.layers.{layer}.{NAMES[t]}.weight"] = matrix.astype(np.float32)
+    return found
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """Empty places for shipped fingerprints and for the cache; quick clusters."""
+    for name in ("CACHE", "RESULTS"):
+        monkeypatch.setattr(paths, name, tmp_path / name.lower())
+    monkeypatch.setattr(fingerprints, "cluster", partial(cluster, starts=20))
+    return tmp_path
+
+
+@pytest.fixture
+def saved(house):
+    """A function that writes weights as NAME.safetensors and gives the path."""
+
+    def write(name, tensors):
+        path = house / f"{name}.safetensors"
+        save_file(tensors, path)
+        return path
+
+    return write
+
+
+def merged(tensors, size, *, rank=16):
+    """Weights plus a random update of low rank, `size` of their Frobenius norm."""
+    found = {}
+    for i, (name, matrix) in enumerate(tensors.items()):
+        rows, columns = matrix.shape
+        update = rng([9, i]).standard_normal((rows, rank)) @ rng(i).standard_normal((rank, columns))
+        update *= size * np.linalg.norm(matrix) / np.linalg.norm(update)
+        found[name] = matrix + update.astype(np.float32)
+    return found
+
+
+def requantised(tensors, kind):
+    """Weights as they come back from a GGUF type."""
+    return {
+        name: weights.requantise(weights.Projection(0, "q", name, matrix), kind).matrix
+        for name, matrix in tensors.items()
+    }
+
+
+def test_a_fingerprint_holds_what_the_weights_say(saved):
+    tensors = matrices(0)
+    found = fingerprints.compute(saved("made", tensors), rank=8, k=3)
+    assert (found.model, found.family, found.types) == ("made", "", TYPES)
+    assert (found.rank, found.k, found.matrices) == (8, 3, LAYERS)
+    for t in TYPES:
+        own = [m for name, m in tensors.items() if NAMES[t] in name]
+        values = np.concatenate([m.ravel() for m in own]).astype(np.float64)
+        assert_allclose(found.deviations[t], values.std(), rtol=1e-12)
+        exact = np.linalg.svd(own[2].astype(np.float64), compute_uv=False)[:8]
+        assert_allclose(found.singular_values[t][2], exact, rtol=1e-5)
+        assert found.clustering_vector()[t].sum() == pytest.approx(1)
+    assert_allclose(np.linalg.norm(list(found.deviation_vector().values())), 1)
+
+
+def test_a_type_that_is_absent_stays_absent_everywhere(saved):
+    encoder = fingerprints.compute(saved("encoder", matrices(0, gate=False)), rank=8, k=3)
+    decoder = fingerprints.compute(saved("decoder", matrices(0)), rank=8, k=3)
+    without = tuple(t for t in TYPES if t != "gate")
+    assert encoder.types == tuple(encoder.deviation_vector()) == without
+    assert tuple(encoder.clustering_vector()) == without
+    (seen,) = identify(encoder, [decoder])
+    assert seen.spectral == 0
+    assert seen.deviation == pytest.approx(0, abs=1e-12)
+
+
+def test_a_stored_fingerprint_comes_back_and_equal_ones_give_equal_bytes(saved, house):
+    found = fingerprints.compute(saved("made", matrices(0)), rank=8, k=3, family="Toy")
+    path = fingerprints.keep(found)
+    assert path.parent == paths.CACHE / "fingerprints"
+    back = fingerprints.load(path)
+    assert back.to_json() == found.to_json()
+    assert back.family == "Toy"
+    assert [f.model for f in fingerprints.library()] == ["made"]
+    assert fingerprints.of(house / "made.safetensors", rank=8, k=3).to_json() == found.to_json()
+    fewer = fingerprints.of(house / "made.safetensors", rank=4, k=2)
+    assert (fewer.rank, fewer.k, fewer.family) == (4, 2, "Toy")
+    path.write_text('{"model": "x"}')
+    with pytest.raises(WdlibError, match=r"made-\w+\.json does not hold a fingerprint"):
+        fingerprints.library()
+
+
+def test_a_shipped_fingerprint_is_not_stored_again(saved):
+    found = fingerprints.compute(saved("made", matrices(0)), rank=8, k=3)
+    shipped = fingerprints.save(found, paths.RESULTS / "fingerprints" / "made.json")
+    assert fingerprints.keep(found) == shipped
+    other = fingerprints.compute(saved("made", matrices(1)), rank=8, k=3)
+    assert fingerprints.keep(other).parent == paths.CACHE / "fingerprints"
+    assert len(fingerprints.library()) == 2
+
+
+def test_ranks_and_clusters_that_are_not_there_are_refused(saved):
+    path = saved("made", matrices(0))
+    with pytest.raises(WdlibError, match="rank 33 is out of range for made.*from 1 to 32"):
+        fingerprints.of(path, rank=33)
+    found = fingerprints.compute(path, rank=8, k=3)
+    with pytest.raises(WdlibError, match="holds ranks 1 to 8, not 9"):
+        found.clustered(rank=9)
+    with pytest.raises(WdlibError, match="do not make 99 clusters"):
+        found.clustered(k=99)
+
+
+def test_halves_are_the_layers_of_even_and_odd_number(saved):
+    tensors = matrices(0)
+    even, odd = fingerprints.compute(saved("made", tensors), rank=8, k=3).halves()
+    kept = {n: m for n, m in tensors.items() if int(n.split(".")[2]) % 2}
+    values = np.concatenate([m.ravel() for n, m in kept.items() if "q_proj" in n])
+    assert_allclose(odd.deviations["q"], values.astype(np.float64).std(), rtol=1e-12)
+    assert even.matrices == odd.matrices == LAYERS // 2
+    assert not set(map(tuple, even.singular_values["q"])) & set(
+        map(tuple, odd.singular_values["q"])
+    )
+
+
+def test_three_ways_to_compare_clustering_vectors(saved):
+    one, two = (fingerprints.compute(saved(f"m{i}", matrices(i)), rank=8, k=3) for i in range(2))
+    centres = one.clusters.centres[[1, 2, 0]]
+    renumbered = replace(one, clusters=Clusters(centres))
+    tables = fingerprints.comparisons([one, renumbered, two])
+    assert tables["canonical"][0, 1] > 0.1
+    assert tables["matched"][0, 1] == tables["pooled"][0, 1] == 0
+    for table in tables.values():
+        assert_allclose(table, table.T)
+        assert_allclose(np.diag(table), 0)
+    vectors = fingerprints.pooled_vectors([one, renumbered, two])
+    assert tables["pooled"][0, 2] == cluster_distance(vectors[0], vectors[2])
+
+
+def test_value_tables_are_densities_and_shapes_of_every_type(saved):
+    densities, shapes = fingerprints.value_tables(saved("made", matrices(0)))
+    assert [row["type"] for row in shapes] == list(TYPES)
+    for t in TYPES:
+        area = sum(row["density"] for row in densities if row["type"] == t) * 40 / 200
+        assert area == pytest.approx(1, abs=1e-4)
+    assert shapes[0]["n"] == LAYERS * 96 * 96
+    assert all(row["tail ratio"] > 1 for row in shapes)
+
+
+GUISES = {
+    "renamed": lambda t: t,
+    "Q8_0": lambda t: requantised(t, "Q8_0"),
+    "Q4_0": lambda t: requantised(t, "Q4_0"),
+    "adapter": lambda t: merged(t, 0.01),
+    "adapter-then-Q4_0": lambda t: requantised(merged(t, 0.01), "Q4_0"),
+    "first-half": lambda t: {n: m for n, m in t.items() if int(n.split(".")[2]) < LAYERS // 2},
+}
+
+
+@pytest.mark.parametrize("guise", GUISES)
+def test_copies_come_back_as_what_they_are(saved, guise):
+    known = [fingerprints.compute(saved(f"m{i}", matrices(i)), rank=16, k=3) for i in range(3)]
+    seen = fingerprints.compute(saved(guise, GUISES[guise](matrices(1))), rank=16, k=3)
+    first, second, _ = identify(seen, known)
+    assert first.model == "m1"
+    assert first.is_copy
+    assert not second.is_copy
+
+
+def test_a_model_of_other_weights_is_no_copy_and_a_model_is_not_its_own(saved):
+    known = [fingerprints.compute(saved(f"m{i}", matrices(i)), rank=16, k=3) for i in range(3)]
+    stranger = fingerprints.compute(saved("other", matrices(7)), rank=16, k=3)
+    assert not any(n.is_copy for n in identify(stranger, known))
+    assert [n.model for n in identify(known[0], known) if n.is_copy] == []
+    assert len(identify(known[0], known)) == 2
+
+
+# What is shipped ------------------------------------------------------------------------------
+
+
+def test_the_shipped_fingerprints_are_those_of_the_stored_spectra_and_pinned_weights():
+    from wdlib.models import catalogue
+
+    assert {"smollm2-135m-instruct", "gemma-3-270m", "all-minilm-l6-v2"} < set(SHIPPED)
+    for model in SHIPPED:
+        kept, known = fingerprints.of(model), catalogue()[model]
+        assert (kept.model, kept.family, kept.rank, kept.k) == (model, known.family, 16, 7)
+        assert kept.provenance["sha256"] == known.sources[0].sha256
+        for t, values in spectra.load(model, rank=16).values.items():
+            assert_allclose(kept.singular_values[t], values, rtol=1e-6)
+            squares = sum(m.squares for m in kept.moments[t])
+            assert (values**2).sum() < squares + sum(m.n * m.mean**2 for m in kept.moments[t])
+        assert (paths.RESULTS / "fingerprints" / f"{model}.json").read_text() == kept.to_json()
+
+
+def test_a_larger_rank_comes_from_the_stored_spectra():
+    assert fingerprints.of("gemma-3-270m", rank=64, k=3).rank == 64
+
+
+def test_no_two_shipped_models_are_taken_for_one_another():
+    known = [fingerprints.of(model) for model in SHIPPED]
+    for one in known:
+        assert all(n.spectral > 2 * COPY_THRESHOLD for n in identify(one, known))
+
+
+# The command ----------------------------------------------------------------------------------
+
+
+def test_the_command_names_a_copy_and_stores_it(saved, capsys):
+    original = saved("original", matrices(0))
+    assert cli.main(["fingerprint", str(original), "--rank", "8", "--family", "Toy"]) == 0
+    assert "no other fingerprint is stored" in capsys.readouterr().out
+    saved("stranger", matrices(5))
+    copy = saved("unnamed", requantised(matrices(0), "Q4_0"))
+    stranger = str(original.with_stem("stranger"))
+    assert cli.main(["fingerprint", str(copy), stranger, "--rank", "8"]) == 0
+    first, second = capsys.readouterr().out.split("\n\n")[:2]
+    assert "closest: original (distance 0.00" in first
+    assert "a copy of original" in first
+    assert "no stored model is close" in second
+    stored = sorted(path.name[:6] for path in (paths.CACHE / "fingerprints").glob("*.json"))
+    assert stored == ["origin", "strang", "unname"]
+    assert [f.family for f in fingerprints.library()] == ["Toy", "", ""]
+
+
+def test_the_command_fails_in_one_line_before_anything_is_stored(saved, capsys):
+    good = saved("good", matrices(0))
+    assert cli.main(["fingerprint", str(good), "no-such-model"]) == 1
+    assert "wdlib: There is no model, file or folder 'no-such-model'" in capsys.readouterr().err
+    assert cli.main(["fingerprint", str(good), "--rank", "33"]) == 1
+    assert "from 1 to 32" in capsys.readouterr().err
+    assert not (paths.CACHE / "fingerprints").exists()
+
+
+def test_real_weights_in_another_guise_are_recognised(tmp_path, capsys, monkeypatch):
+    """The encoder under another name, in other bits and with an adapter merged; and a stranger."""
+    real = {p.name: p.matrix for p in weights.projections("all-minilm-l6-v2")}
+    unnamed, stranger = tmp_path / "model.safetensors", tmp_path / "noise.safetensors"
+    save_file(requantised(merged(real, 0.01), "Q4_0"), unnamed)
+    order = rng()
+    save_file({n: order.permuted(m.ravel()).reshape(m.shape) for n, m in real.items()}, stranger)
+    monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(fingerprints, "cluster", partial(cluster, starts=20))
+    assert cli.main(["fingerprint", str(unnamed), str(stranger)]) == 0
+    first, second = capsys.readouterr().out.split("\n\n")[:2]
+    assert "a copy of all-minilm-l6-v2, or made from it" in first
+    assert "no stored model is close" in second
+
+
+def test_a_shipped_model_needs_no_weights(capsys, monkeypatch):
+    monkeypatch.setattr(paths, "CACHE", paths.CACHE / "nowhere")
+    assert cli.main(["fingerprint", "smollm2-135m-instruct"]) == 0
+    out = capsys.readouterr().out
+    assert "no stored model is close" in out
+    assert all(t in out for t in ("q", "gate", "closest: "))

@@ -1,0 +1,423 @@
+"""Weights read from a hub where they lie: a small hub of our own, which can misbehave."""
+
+import dataclasses
+import json
+import math
+import re
+import socket
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+from test_models import COMMIT, Hub, sha256
+
+from wdlib import WdlibError, models, remote, spectra, weights
+from wdlib.remote import Patience, RemoteFile
+
+QUICK = Patience(
+    attempts=4, progress=64, wait=0.001, longest=0.1, timeout=10.0, window=0.2, slowest=1000.0
+)
+HASTY = dataclasses.replace(QUICK, timeout=0.3)
+"""For a server that is silent. A busy one may be taken for it."""
+
+LAYERS, HIDDEN = 3, 384
+
+
+class RangeHub(Hub):
+    """A hub that sends on to a storage which gives ranges, and fails as `faults` says, in turn.
+
+    sent: bytes of all answers. asked: (name, first byte, last byte) of every range.
+    """
+
+    protocol_version = "HTTP/1.1"
+    faults: list[str]
+    sent: list[int]
+    asked: list[tuple[str, int, int]]
+    token: str
+
+    def do_GET(self):
+        name = self.path.split("?")[0].rsplit("/", 1)[-1]
+        if re.match(r"/api/models/lab/(tiny|gated|private)\b.*[?&]blobs=", self.path):
+            return self.answer(200, json.dumps(self.info()).encode())
+        if re.match(rf"/lab/(tiny|private)/resolve/{COMMIT}/", self.path):
+            if "/private/" in self.path and self.headers.get("Authorization") != self.token:
+                return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+            return self.answer(302, b"", {"Location": f"/storage/{name}"})
+        if self.path.startswith("/storage/"):
+            return self.give(name)
+        return super().do_GET()
+
+    def info(self) -> dict:
+        files = [
+            {
+                "rfilename": name,
+                "size": len(data),
+                "blobId": sha256(data)[:40],
+                **({"lfs": {"sha256": sha256(data), "size": len(data), "pointerSize": 130}}
+                   if name.endswith(".safetensors") else {}),
+            }
+            for name, data in self.files.items()
+        ]  # fmt: skip
+        return {"id": "lab/tiny", "sha": COMMIT, "siblings": files}
+
+    def give(self, name: str) -> None:
+        first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups())
+        data, size = self.files[name][first : last + 1], len(self.files[name])
+        self.asked.append((name, first, last))
+        fault = self.faults.pop(0) if self.faults and last - first > 5000 else ""
+        if fault.isdigit():
+            headers = {"Retry-After": "0"} if fault == "429" else {}
+            return self.answer(int(fault), b"{}", headers)
+        if fault == "whole":
+            return self.answer(200, self.files[name])
+        begin = first + 1 if fault == "shifted" else first
+        headers = {"Content-Range": f"bytes {begin}-{last}/{size}"}
+        half = len(data) // 2
+        if fault == "short":
+            return self.answer(206, data[:half], headers)
+        if fault == "long":
+            return self.answer(206, data + data, headers)
+        if not fault or fault == "shifted":
+            return self.answer(206, data, headers)
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Range", headers["Content-Range"])
+        self.end_headers()
+        if fault == "silent":
+            time.sleep(2 * HASTY.timeout)
+        elif fault == "drip":
+            for i in range(200):
+                self.wfile.write(data[i : i + 1])
+                time.sleep(0.01)
+        else:
+            self.wfile.write(data[:half])
+            self.wfile.flush()
+            if fault == "reset":  # with unsent data and no time to linger, closing is a reset
+                linger = b"\1\0\0\0\0\0\0\0"
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.close_connection = True
+
+    def answer(self, status: int, body: bytes, headers: dict | None = None) -> None:
+        self.sent.append(len(body))
+        super().answer(status, body, headers)
+
+    def handle_one_request(self):
+        try:
+            super().handle_one_request()
+        except (BrokenPipeError, ConnectionResetError):  # the client has had enough
+            self.close_connection = True
+
+
+def write_shards(folder: Path, shards: int = 3) -> dict[str, bytes]:
+    """A bfloat16 Llama in shards, as files of a repository."""
+    rng = np.random.default_rng(0)
+    names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
+    names |= {"o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj"}
+    names |= {"down": "mlp.down_proj"}
+    half, wide = HIDDEN // 2, HIDDEN * 3 // 2
+    shapes = {"k": (half, HIDDEN), "v": (half, HIDDEN), "down": (HIDDEN, wide)}
+    shapes |= {"gate": (wide, HIDDEN), "up": (wide, HIDDEN)}
+    tensors = {
+        f"model.layers.{layer}.{names[t]}.weight": shapes.get(t, (HIDDEN, HIDDEN))
+        for layer in range(LAYERS)
+        for t in names
+    }
+    folder.mkdir()
+    weight_map = {}
+    for i in range(shards):
+        header, content, name = {}, b"", f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        for tensor, shape in list(tensors.items())[i::shards]:
+            raw = rng.standard_normal(shape, dtype=np.float32).view("<u4") >> 16
+            span = [len(content), len(content) + 2 * math.prod(shape)]
+            header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": span}
+            content += raw.astype("<u2").tobytes()
+            weight_map[tensor] = name
+        text = json.dumps(header).encode()
+        (folder / name).write_bytes(len(text).to_bytes(8, "little") + text + content)
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
+    config = {"model_type": "llama", "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "consolidated.safetensors").write_bytes(b"unwanted")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "tiny"
+    write_shards(folder)
+    return folder
+
+
+@pytest.fixture
+def hub(folder, monkeypatch) -> Iterator[type[RangeHub]]:
+    """The handler of a hub that huggingface_hub takes for the real one."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    fresh = {"faults": [], "sent": [], "asked": [], "requested": [], "token": ""}
+    handler = type("OneHub", (RangeHub,), {"files": files, **fresh})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    use(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+    yield handler
+    close_session()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def use(monkeypatch, endpoint: str) -> None:
+    """Make an address the hub, and everything quick."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(remote, "PATIENCE", QUICK)
+
+
+def read_all(model: str | Path, **options) -> dict[tuple, np.ndarray]:
+    return {(p.layer, p.type): p.matrix for p in weights.projections(model, **options)}
+
+
+def assert_equal(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for key in one:
+        np.testing.assert_array_equal(one[key], other[key])
+
+
+# What comes, and how much of it ------------------------------------------------------------------
+
+
+def test_the_matrices_and_their_provenance_are_those_of_a_copy(hub, folder):
+    assert weights.inventory("hf://lab/tiny") == weights.inventory(folder)
+    assert_equal(read_all("hf://lab/tiny"), read_all(folder))
+    there, here = spectra.compute("hf://lab/tiny", 4), spectra.compute(folder, 4)
+    assert there.model == "tiny"
+    assert there.provenance["source"] == "hub lab/tiny"
+    assert there.provenance["revision"] == COMMIT
+    for key in ("sha256", "quantisation", "methods", "largest relative error"):
+        assert there.provenance[key] == here.provenance[key]
+    for t in here.values:
+        np.testing.assert_array_equal(there.values[t], here.values[t])
+
+
+@pytest.mark.parametrize("kind", ["q", "k", "down"])
+def test_little_more_than_the_matrices_asked_for_is_sent(hub, kind):
+    parts = weights.plan("hf://lab/tiny", types=[kind])
+    wanted = sum(part.stored for part in parts)
+    assert wanted == sum(2 * math.prod(part.entry.shape) for part in parts)
+    hub.sent.clear()
+    spectra.compute("hf://lab/tiny", 4, types=(kind,))
+    assert wanted < sum(hub.sent) < 1.05 * wanted
+    assert "consolidated.safetensors" not in {name for name, *_ in hub.asked}
+
+
+def test_one_file_without_index_and_a_name_of_the_catalogue(hub, monkeypatch, folder):
+    whole = {"config.json": hub.files["config.json"]}
+    whole["model.safetensors"] = hub.files["model-00001-of-00003.safetensors"]
+    hub.files = whole | {"other.safetensors": b"unwanted"}
+    model = models.Model("small", "lab/tiny", "Lab", "MIT", False, (models.Source("hub"),))
+    monkeypatch.setattr(models, "catalogue", lambda: {"small": model})
+    checkpoint = models.resolve("hf://small")
+    assert [str(file) for file in checkpoint.files] == ["hf://lab/tiny/model.safetensors"]
+    assert (checkpoint.name, checkpoint.source) == ("small", "hub lab/tiny")
+    assert models.content_hash(checkpoint) == sha256(whole["model.safetensors"])
+    plain = dataclasses.replace(checkpoint.files[0], sha256="")
+    unknown = dataclasses.replace(checkpoint, files=(plain,))
+    assert models.content_hash(unknown) == models.content_hash(checkpoint)
+
+
+def test_reading_is_one_matrix_ahead_and_no_more(hub):
+    stream = weights.projections("hf://lab/tiny", types=["q"])
+    hub.asked.clear()
+    for number in range(1, LAYERS + 1):
+        next(stream)
+        ahead = min(number + 1, LAYERS)
+        end = time.monotonic() + 5
+        while len(hub.asked) < ahead and time.monotonic() < end:
+            time.sleep(0.001)  # this matrix is in use, and the next is being fetched
+        time.sleep(0.02)
+        assert len(hub.asked) == ahead
+
+
+def test_memory_is_that_of_a_few_matrices(hub):
+    spectra.compute("hf://lab/tiny", 4, types=("q",))
+    tracemalloc.start()
+    for projection in weights.projections("hf://lab/tiny", types=["up", "down"]):
+        del projection
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * 4 * HIDDEN * HIDDEN * 1.5
+
+
+def test_a_token_is_sent_and_needed(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.token = "Bearer hf_secret"
+    assert weights.inventory("hf://lab/private")
+    assert "hf_secret" not in repr(models.resolve("hf://lab/private"))
+    hub.token = "Bearer other"
+    with pytest.raises(WdlibError, match=r"no model lab/private, or shows it only.*hf auth login"):
+        weights.inventory("hf://lab/private")
+
+
+# Faults ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault", ["429", "500", "502", "503", "reset", "cut", "short", "long", "shifted"]
+)
+def test_faults_lose_nothing(hub, folder, fault, caplog):
+    hub.faults = [fault, "", fault, fault]
+    assert_equal(read_all("hf://lab/tiny", types=["q"]), read_all(folder, types=["q"]))
+    assert hub.faults == []
+    assert len([r for r in caplog.records if r.name == "wdlib.remote"]) == 3
+
+
+def test_a_silent_server_is_asked_again(hub, folder, monkeypatch, caplog):
+    monkeypatch.setattr(remote, "PATIENCE", HASTY)
+    hub.faults = ["silent"]
+    assert_equal(read_all("hf://lab/tiny", types=["q"]), read_all(folder, types=["q"]))
+    assert hub.faults == []
+    assert "timed out" in caplog.text
+
+
+def test_a_drip_is_given_up_and_asked_again(hub, folder, caplog):
+    hub.faults = ["drip"]
+    assert_equal(read_all("hf://lab/tiny", types=["q"]), read_all(folder, types=["q"]))
+    assert "bytes per second came" in caplog.text
+    first, second = [begin for _, begin, last in hub.asked if last - begin > 5000][:2]
+    assert first < second < first + 200  # not all 200 were waited for, and none was asked for again
+
+
+def test_a_broken_connection_goes_on_at_the_byte_where_it_stopped(hub):
+    hub.faults = ["cut"]
+    tensor = weights.plan("hf://lab/tiny", types=["o"], layers=[1])[0].tensor
+    hub.asked.clear()
+    read_all("hf://lab/tiny", types=["o"], layers=[1])
+    last = tensor.offset + tensor.size - 1
+    begins = [first for _, first, end in hub.asked if end == last]
+    assert begins == [tensor.offset, tensor.offset + tensor.size // 2]
+
+
+@pytest.mark.parametrize("fault", ["500", "429", "shifted"])
+def test_patience_ends_with_one_sentence(hub, fault):
+    plan = weights.plan("hf://lab/tiny", types=["q"])
+    hub.faults = [fault] * 20
+    hub.asked.clear()
+    with pytest.raises(WdlibError, match=r"^hf://lab/tiny/model.*4 times in a row \(.*\): check"):
+        weights.read(plan[0])
+    assert len(hub.asked) == QUICK.attempts
+
+
+def test_progress_begins_a_new_row_of_failures(hub, folder):
+    hub.faults = ["cut"] * 6  # more than `attempts`, but each brings half of what is missing
+    assert_equal(
+        read_all("hf://lab/tiny", types=["q"], layers=[0]),
+        read_all(folder, types=["q"], layers=[0]),
+    )
+    assert hub.faults == []
+
+
+def test_waiting(hub, monkeypatch):
+    waited = []
+    monkeypatch.setattr(remote.time, "sleep", waited.append)
+    patience = Patience(attempts=9, wait=1.0, longest=20.0)
+    attempts = remote._Attempts("lab/tiny", "a file", patience)
+    for _ in range(7):
+        attempts.failed(ConnectionError("gone"))
+    assert waited == [1, 2, 4, 8, 16, 20, 20]
+    attempts.failed(ConnectionError("gone"), progress=True)
+    assert waited[-1] == 1
+
+    class Answer(Exception):
+        response = type("Response", (), {"status_code": 429, "headers": {}})
+
+    for headers, seconds in [
+        ({"Retry-After": "7"}, 7),
+        ({"Retry-After": "0"}, 0),
+        ({"Retry-After": "999"}, 20),
+        ({"ratelimit": '"resolvers";r=0;t=11'}, 11),
+        ({"ratelimit": '"resolvers";r=3;t=11'}, 2),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, 2),
+    ]:
+        Answer.response.headers = headers
+        attempts.failures = 1
+        attempts.failed(Answer())
+        assert waited[-1] == seconds
+
+
+def test_a_server_without_ranges_is_not_read_to_its_end(hub):
+    plan = weights.plan("hf://lab/tiny", types=["q"])
+    hub.faults = ["whole"]
+    with pytest.raises(WdlibError, match=r"only as a whole: download .* lab/tiny without hf://"):
+        weights.read(plan[0])
+
+
+def test_a_file_that_is_gone_is_asked_for_once(hub):
+    file = RemoteFile("lab/tiny", COMMIT, "absent.safetensors", 10**6, patience=QUICK)
+    hub.files = {}
+    hub.faults = ["404", "404"]
+    hub.files["absent.safetensors"] = b"\0" * 10**6
+    with pytest.raises(WdlibError, match=r"absent\.safetensors cannot be read .*\(.*404"):
+        file.read(0, 10**6)
+    assert hub.faults == ["404"]
+
+
+# What cannot be had ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("lab/gated", r"does not give out lab/gated .*accept the licence on \S+/lab/gated and log"),
+        ("lab/absent", r"no model lab/absent, .*check the spelling, or log in"),
+        ("lab/broken", r"lab/broken could not be read .* 4 times in a row \(.*500"),
+        ("lab/tiny@nowhere", r"lab/tiny cannot be read from the hub \(.*404.*the revision"),
+        ("tiny", r"hf://tiny names no model: write hf://organisation/name"),
+        ("", r"hf:// names no model"),
+    ],
+)
+def test_models_that_cannot_be_had(hub, monkeypatch, model, message):
+    if "@" in model:
+        monkeypatch.setattr(RangeHub, "info", lambda self: {}[0], raising=True)
+        hub.do_GET = lambda self: self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+    with pytest.raises(WdlibError, match=message) as caught:
+        weights.inventory(f"hf://{model}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("a.safetensors", "b.safetensors"), ("x/model.safetensors",)]
+)
+def test_repositories_without_weights_that_can_be_read(hub, names):
+    hub.files = {"config.json": b"{}", **dict.fromkeys(names, b"")}
+    with pytest.raises(WdlibError, match=r"hub's lab/tiny has no model\.safetensors, and no"):
+        models.resolve("hf://lab/tiny")
+
+
+def test_an_index_that_is_broken_or_names_what_is_not_there(hub):
+    del hub.files["model-00002-of-00003.safetensors"]
+    with pytest.raises(WdlibError, match=r"whose files are all there"):
+        models.resolve("hf://lab/tiny")
+    hub.files["model.safetensors.index.json"] = b"[]"
+    with pytest.raises(WdlibError, match=r"hf://lab/tiny/model\S+index\.json is corrupt"):
+        models.resolve("hf://lab/tiny")
+
+
+def test_a_hub_out_of_reach_and_offline(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    close_session()
+    with pytest.raises(WdlibError, match=r"lab/tiny cannot be read from the hub \(.*offline"):
+        models.resolve("hf://lab/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    close_session()
+    use(monkeypatch, "http://127.0.0.1:9")
+    with pytest.raises(WdlibError, match=r"lab/tiny could not be read .*refused.*check the net"):
+        models.resolve("hf://lab/tiny")
