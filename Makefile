@@ -1,9 +1,10 @@
 # One line each, no logic: set-up is .ci/setup, everything else the `wdlib` command.
-.PHONY: figures test lab notebooks bench setup fetch lint
+.PHONY: figures test lab notebooks experiments bench setup fetch lint
 figures: fetch; @.venv/bin/wdlib figures
 test: lint fetch; .venv/bin/python -m pytest -n 2 --dist loadfile --nbval-lax tests notebooks
 lab: fetch; .venv/bin/jupyter lab notebooks
 notebooks: fetch; @.venv/bin/wdlib refresh
+experiments: setup; @.venv/bin/wdlib experiments $(OPTIONS)
 bench: setup; .venv/bin/python -m venv .venv-bench && .venv-bench/bin/python -m pip install -qq -r requirements-bench.lock && .venv/bin/python docs/bench.py
 lint: setup; .venv/bin/ruff check . && .venv/bin/ruff format --check .
 fetch: setup; @.venv/bin/wdlib fetch

@@ -5,6 +5,7 @@ That they still give the outputs they store is nbval's part of `make test`.
 
 import ast
 import copy
+import itertools
 import os
 import re
 import subprocess
@@ -190,10 +191,20 @@ def test_each_rule_finds_what_it_is_there_for(words):
     assert any(words in problem for problem in problems(notebook)), problems(notebook)
 
 
-def test_there_are_notebooks_numbered_from_00():
-    numbers = [int(path.name[:2]) for path in NOTEBOOKS]
-    assert numbers == list(range(len(numbers)))
-    assert len(numbers) >= 4
+def test_the_notebooks_are_numbered_once_each_and_lead_from_one_to_the_next():
+    assert [path.name[:2] for path in NOTEBOOKS[:8]] == [f"{n:02d}" for n in range(8)]
+    assert len({path.name[:2] for path in NOTEBOOKS}) == len(NOTEBOOKS)
+    for path, following in itertools.pairwise(NOTEBOOKS):
+        assert f"({following.name})" in read(path).cells[0].source
+        assert f"({path.name})" in read(following).cells[0].source
+
+
+@notebooks
+def test_links_lead_somewhere(path):
+    text = "\n".join(c.source for c in read(path).cells if c.cell_type == "markdown")
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    missing = [link for link in links if not (path.parent / link).exists()]
+    assert missing == []
 
 
 @notebooks

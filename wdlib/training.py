@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wdlib import WdlibError, __version__, characterize, lora, models, paths, pretrained
+from wdlib.lora import IGNORED
 
 if TYPE_CHECKING:
     import torch
@@ -59,9 +60,6 @@ EVA_BATCHES = 16
 
 SAVE_EVERY = 10
 """Steps between checkpoints."""
-
-IGNORED = -100
-"""The label of a token that has no part in the loss; transformers' number."""
 
 ADAPTER_FILE = "adapter/adapter_model.safetensors"
 """In a run's folder."""

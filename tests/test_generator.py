@@ -1,0 +1,412 @@
+"""wdlib.generator: planted laws, closed forms, and calibrations that reach or say they do not."""
+
+import time
+from dataclasses import replace as changed
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy import stats
+
+from wdlib import WdlibError, generator
+from wdlib.characterize import NORMAL, POWER_LAW, UNDECIDED, Pair, Verdict
+from wdlib.distances import cosine_distances
+from wdlib.generator import (
+    Candidate,
+    GaussianCounts,
+    Outcomes,
+    ParetoCounts,
+    Target,
+    calibrate,
+    candidates,
+    counts_for,
+    generate,
+    generated,
+    measure,
+    outcomes,
+    replace,
+    spectra_of,
+    survey,
+    tail_exponent,
+    target,
+    template,
+)
+
+SHAPE = (16, 512)
+ENTRIES = 16 * 512
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def to_template(law, arrays: int, shape: tuple[int, int], seed: int) -> np.ndarray:
+    """Distances of copies from one template."""
+    return generator.distances_to_template(arrays, shape, law, rng=rng(seed))[0]
+
+
+def alike(count: int, shape: tuple[int, int]) -> GaussianCounts:
+    """Always this count."""
+    return GaussianCounts(count / (shape[0] * shape[1]), 0.0)
+
+
+# Counts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [0.6, 1.0, 3.0])
+def test_pareto_counts_have_the_survival_function_they_state(shape):
+    entries = 10**7
+    counts = ParetoCounts(shape, 1e-4).draw(20_000, entries, rng())
+    law = stats.pareto(shape, scale=1e-4 * entries)
+    inside = counts[counts < entries]
+    truncated = law.cdf(inside) / law.cdf(entries)
+    assert stats.kstest(truncated, "uniform").pvalue > 0.01
+
+
+def test_gaussian_counts_have_mean_and_deviation():
+    counts = GaussianCounts(0.3, 0.05).draw(20_000, ENTRIES, rng())
+    assert_allclose(counts.mean(), 0.3 * ENTRIES, rtol=0.01)
+    assert_allclose(counts.std(), 0.05 * ENTRIES, rtol=0.03)
+
+
+@pytest.mark.parametrize(
+    "counts", [ParetoCounts(0.1, 0.5), ParetoCounts(2.0, 1e-9), GaussianCounts(0.5, 2.0)]
+)
+def test_counts_are_clipped_to_what_there_is(counts):
+    drawn = counts.draw(5000, ENTRIES, rng())
+    assert drawn.dtype == np.int64
+    assert 1 <= drawn.min() <= drawn.max() <= ENTRIES
+    assert 1 in drawn or ENTRIES in drawn
+
+
+# Arrays -------------------------------------------------------------------------------------------
+
+
+def test_as_many_entries_as_counted_are_new_and_the_rest_is_the_template():
+    base = template(ENTRIES + 100, sigma=0.02, rng=rng())
+    kept = base.copy()
+    counts = np.array([0, 1, 17, ENTRIES // 2, ENTRIES])
+    arrays = replace(base, SHAPE, counts, sigma=0.02, rng=rng(1))
+    assert arrays.shape == (5, *SHAPE)
+    assert arrays.dtype == np.float32
+    new = (arrays.reshape(5, -1) != base[:ENTRIES]).sum(axis=1)
+    assert_allclose(new, counts, atol=2)  # float32 draws are equal by chance once in 10^7
+    assert_array_equal(base, kept)
+
+
+def test_new_entries_are_anywhere_and_as_wide_as_asked():
+    base = np.zeros(600, dtype=np.float32)
+    arrays = replace(base, (20, 30), np.full(4000, 30), sigma=3.0, rng=rng())
+    new = arrays.reshape(4000, 600) != 0
+    expected = 4000 * 30 / 600
+    assert stats.chisquare(new.sum(axis=0), np.full(600, expected)).pvalue > 0.01
+    assert_allclose(arrays[arrays != 0].std(), 3.0, rtol=0.01)
+
+
+def test_ratio_is_that_of_new_entries_to_the_template():
+    arrays = generate(2, (200, 200), GaussianCounts(0.5, 0), sigma=0.1, ratio=5, rng=rng())
+    same = arrays[0] == arrays[1]
+    assert_allclose(arrays[0][same].std(), 0.1, rtol=0.03)
+    differing = arrays[:, ~same]
+    assert_allclose((differing**2).mean(), 0.1**2 / 3 + 2 * 0.5**2 / 3, rtol=0.05)
+
+
+def test_a_seed_gives_the_same_arrays_and_another_gives_others():
+    first, again, other = (
+        generate(3, (8, 5, 2), ParetoCounts(1.0, 0.1), rng=rng(s)) for s in (0, 0, 1)
+    )
+    assert first.shape == (3, 8, 5, 2)
+    assert_array_equal(first, again)
+    assert not np.isin(first, other).any()
+
+
+def test_distances_do_not_know_sigma():
+    spectra = [
+        spectra_of(generate(9, SHAPE, ParetoCounts(1.0, 0.01), sigma=s, rng=rng()))
+        for s in (1e-3, 7.0)
+    ]
+    assert_allclose(cosine_distances(spectra[0]), cosine_distances(spectra[1]), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: replace(np.zeros(9), (2, 5), [1], sigma=1, rng=rng()), "draw 10"),
+        (lambda: replace(np.zeros(10), (2, 5), [11], sigma=1, rng=rng()), "clip them"),
+        (lambda: replace(np.zeros(10), (2, 5), [-1], sigma=1, rng=rng()), "clip them"),
+        (lambda: generate(1, (2, 5), GaussianCounts(1, 0), ratio=0, rng=rng()), "positive"),
+        (lambda: generate(1, (2, 5), GaussianCounts(1, 0), sigma=-1, rng=rng()), "positive"),
+        (lambda: spectra_of(np.ones((1, 3, 5)), 4), "from 1 to 3"),
+        (lambda: tail_exponent(np.ones(5), 2.0, 3.0), "between 2 and 3"),
+        (lambda: counts_for(1.0, 0.1, SHAPE), "above 1"),
+        (lambda: counts_for(2.0, 0.0, SHAPE), "xmin positive"),
+        (lambda: counts_for(2.0, 0.1, SHAPE, rank=17), "from 2 to 16"),
+    ],
+)
+def test_bad_input_is_an_error_that_says_what_to_do(call, message):
+    with pytest.raises(WdlibError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (16, 16)])
+def test_spectra_are_those_of_lapack(shape):
+    arrays = rng().standard_normal((6, *shape))
+    expected = np.linalg.svd(arrays, compute_uv=False)
+    assert_allclose(spectra_of(arrays), expected, rtol=1e-9)
+    assert_allclose(spectra_of(arrays, 3), expected[:, :3], rtol=1e-12)
+
+
+def test_a_thousand_arrays_cost_a_few_times_the_draw_of_their_entries():
+    def seconds(call) -> float:
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+
+    entries = 16 * 2048
+    draw = min(seconds(lambda: rng().standard_normal((1000, entries), "f4")) for _ in range(2))
+    counts = ParetoCounts(0.7, 1e-3)
+    made = min(seconds(lambda: generate(1000, (16, 2048), counts, rng=rng())) for _ in range(2))
+    assert made < max(6 * draw, 2.0)
+    assert made < 12 * draw
+
+
+# The law of the distances -------------------------------------------------------------------------
+
+
+def test_fixed_counts_give_a_chi_square_not_a_normal_law():
+    count = 160
+    distances = np.concatenate(
+        [to_template(alike(count, (16, 1024)), 400, (16, 1024), seed) for seed in range(5)]
+    )
+    scaled = distances * (16 * 1024) ** 2 / count
+    assert 0.75 * 15 < scaled.mean() < 1.0 * 15
+    unit = scaled / scaled.mean()
+    chi = stats.kstest(15 * unit, stats.chi2(15).cdf).statistic
+    normal = stats.kstest((unit - 1) / unit.std(), "norm").statistic
+    assert chi < 0.04 < normal
+    assert_allclose(stats.skew(scaled), np.sqrt(8 / 15), atol=0.3)
+
+
+def test_the_chi_square_has_one_degree_of_freedom_less_than_there_are_rows():
+    """With one row there is one direction, so nothing to differ in; with two, one degree."""
+    assert np.all(to_template(alike(40, (1, 1024)), 5, (1, 1024), 0) == 0)
+    distances = [to_template(alike(20, (2, 4096)), 400, (2, 4096), s) for s in range(12)]
+    scaled = np.concatenate(distances) * (2 * 4096) ** 2 / 20
+    assert stats.kstest(scaled / scaled.mean(), stats.chi2(1).cdf).statistic < 0.05
+
+
+def test_two_copies_are_apart_by_the_entries_new_in_either():
+    counts = GaussianCounts(0.002, 0)
+    between, own = [], []
+    for seed in range(20):
+        base = template(ENTRIES, sigma=1, rng=rng(seed))
+        number = counts.draw(40, ENTRIES, rng(seed))
+        spectra = spectra_of(replace(base, SHAPE, number, sigma=1, rng=rng([seed, 1])))
+        between.append(cosine_distances(spectra).mean())
+        own.append(cosine_distances(spectra_of(base.reshape(1, *SHAPE)), spectra).mean())
+    assert_allclose(np.mean(between) / np.mean(own), 2.0, rtol=0.1)
+
+
+@pytest.mark.parametrize("shape", [0.8, 1.0, 1.5, 2.0])
+def test_the_exponent_of_the_distances_is_shape_plus_one(shape):
+    scale = 3e-4
+    counts = ParetoCounts(shape, scale)
+    distances = generator.distances_to_template(1000, SHAPE, counts, templates=6, rng=rng(7))
+    assert distances.shape == (6, 1000)
+    unit = 15 / ENTRIES
+    alpha, error = tail_exponent(distances.ravel(), 3 * scale * unit, 0.005 * unit)
+    saturation = 0.05 * shape  # distances grow a little slower than counts
+    assert -2.6 * error < alpha - (shape + 1) < 2.6 * error + saturation
+    assert error < 0.1
+
+
+def test_clipping_ends_the_power_law():
+    """With a scale near 1 every array is independent of the template, and no distance is large."""
+    law = ParetoCounts(0.8, 0.5)
+    assert np.mean(law.draw(500, ENTRIES, rng()) == ENTRIES) > 0.5
+    distances = to_template(law, 500, SHAPE, 0)
+    assert distances.max() < 4 / ENTRIES
+
+
+def test_tail_exponent_of_a_censored_pareto_law():
+    x = stats.pareto(1.3).rvs(20_000, random_state=0)
+    alpha, error = tail_exponent(x, 2.0, 20.0)
+    assert alpha == tail_exponent(np.minimum(x, 20.0), 2.0, 20.0)[0]
+    assert_allclose(alpha, 2.3, atol=3 * error)
+    assert error < 0.03
+
+
+# Calibration --------------------------------------------------------------------------------------
+
+
+def test_counts_for_is_the_closed_form_within_its_range():
+    entries = 16 * 65536
+    assert counts_for(1.6, 1e-9, (16, 65536)) == ParetoCounts(
+        pytest.approx(0.6), pytest.approx(1e-9 * entries / 30)
+    )
+    assert counts_for(1.6, 1e-9, (16, 65536), rank=4).scale == pytest.approx(1e-9 * entries / 6)
+    assert counts_for(1.2, 1.0, SHAPE).shape == generator.SHAPES[0]
+    assert counts_for(9.0, 1.0, SHAPE) == ParetoCounts(generator.SHAPES[1], generator.LARGEST_SCALE)
+
+
+def test_counts_for_starts_the_distances_where_it_is_asked_to():
+    shape, xmin = (16, 4096), 1e-7
+    scale = counts_for(1.6, xmin, shape).scale
+    assert scale < generator.LARGEST_SCALE
+    fewest = Candidate(shape, GaussianCounts(scale, 0))
+    tables = [generated(fewest, (5, 5), rank=16, rng=rng(s)) for s in range(30)]
+    assert_allclose(np.mean(tables), xmin, rtol=0.15)
+
+
+def test_two_templates_are_farther_apart_than_copies_of_one():
+    counts = GaussianCounts(0.001, 0)
+    one, two = (
+        generated(Candidate(SHAPE, counts, templates=t), (6, 5), rank=16, rng=rng()) for t in (1, 2)
+    )
+    assert one.shape == two.shape == (6, 5)
+    assert two.min() > one.max()
+    within = generated(Candidate(SHAPE, counts), (6, None), rank=16, rng=rng())
+    assert_array_equal(within, within.T)
+    assert_allclose(np.diag(within), 0)
+
+
+TRUE = Candidate((16, 512), ParetoCounts(0.7, 1e-4))
+
+
+@pytest.fixture(scope="module")
+def planted() -> Target:
+    """A target that `TRUE` reaches by construction."""
+    found = outcomes(TRUE, (30, 30), rank=16, replicates=40, draws=40, seed=3)
+    low, high = np.quantile(found.alphas, (0.025, 0.975))
+    return Target(
+        label=POWER_LAW,
+        alpha=float(np.median(found.alphas)),
+        xmin=1e-6,
+        low=float(low),
+        high=float(high),
+        median=float(np.median(found.medians)),
+        vectors=(30, 30),
+        rank=16,
+    )
+
+
+@pytest.fixture(scope="module")
+def surveyed():
+    laws = [(shape, scale) for shape in (0.5, 0.7, 2.0) for scale in (2e-5, 6e-5, 2e-3)]
+    grid = tuple(Candidate((16, 512), ParetoCounts(*law)) for law in laws)
+    return survey(grid, (30, 30), rank=16, draws=6)
+
+
+def test_a_planted_target_is_found_again(planted, surveyed):
+    found = calibrate(planted, surveyed, draws=30)
+    assert found.label_rate >= 0.8
+    assert found.alpha_rate >= 0.6
+    assert found.misses()["alpha"] == 0
+    assert 0.8 < found.scale < 1.25
+    assert found.scale_low < found.scale < found.scale_high
+    assert found.candidate.counts.shape in (0.5, 0.7)
+    assert measure(planted, TRUE, draws=2) == measure(planted, TRUE, draws=2)
+
+
+def test_a_target_out_of_reach_is_missed_and_the_result_says_by_how_much(planted, surveyed):
+    far = changed(planted, median=0.02, low=20.0, high=30.0, alpha=25.0)
+    found = calibrate(far, surveyed, draws=20)
+    assert not found.reached
+    assert found.misses()["alpha"] == pytest.approx(20.0 - found.alpha)
+    assert found.misses()["scale"] == pytest.approx(np.log10(found.scale))
+    assert found.scale < 0.1
+
+
+def test_misses_in_closed_form(planted):
+    found = measure(planted, TRUE, draws=5)
+    good = changed(found, label_rate=0.97, alpha=planted.alpha, scale=0.91)
+    assert good.reached
+    assert good.misses() == {"class": 0.0, "alpha": 0.0, "scale": 0.0}
+    bad = changed(good, label_rate=0.90, alpha=planted.high + 0.5, scale=0.01)
+    assert bad.misses() == pytest.approx({"class": 0.05, "alpha": 0.5, "scale": -2.0})
+    assert not bad.reached
+
+
+def test_class_and_exponent_come_before_scale(planted):
+    def found(labels: str, alpha: float, median: float) -> Outcomes:
+        names = tuple({"p": POWER_LAW, "u": UNDECIDED}[c] for c in labels)
+        return Outcomes(names, np.full(len(names), alpha), np.full(len(names), median))
+
+    right, near = (Candidate((16, n), TRUE.counts) for n in (20, 30))
+    given = {
+        near: found("uuup", planted.alpha, planted.median),
+        right: found("pppp", planted.alpha, planted.median / 50),
+    }
+    assert generator._best(planted, given, 1, 0.1) == [right]
+    given[near] = found("pppp", planted.alpha, planted.median)
+    assert generator._best(planted, given, 1, 0.1) == [near]
+    given[near] = found("pppp", planted.high + 1, planted.median)
+    assert generator._best(planted, given, 1, 0.1) == [right]
+
+
+def test_a_normal_target_is_reached_by_two_templates():
+    grid = candidates(NORMAL, shapes=((64, 256),))
+    assert all(isinstance(c.counts, GaussianCounts) for c in grid)
+    few = tuple(c for c in grid if c.counts.mean in (0.001, 0.1))
+    goal = Target(NORMAL, None, None, None, None, 1e-4, (24, 24), 64)
+    found = calibrate(goal, survey(few, goal.vectors, rank=64, draws=6), draws=20)
+    assert found.candidate.templates == 2
+    assert found.candidate.counts.mean == 0.001
+    assert found.label_rate >= 0.75
+    assert found.alpha is None
+    assert 0.7 < found.scale < 1.4
+
+
+@pytest.mark.parametrize(
+    ("start", "median"),
+    [
+        (Candidate((16, 512), ParetoCounts(0.7, 1e-5)), 5e-6),
+        (Candidate((16, 128), ParetoCounts(0.7, 1e-4), ratio=20.0), 3e-3),
+        (Candidate((16, 512), GaussianCounts(0.01, 0.001), templates=2), 1e-3),
+    ],
+    ids=["scale", "ratio", "columns"],
+)
+def test_one_parameter_is_moved_to_the_target_s_scale(planted, start, median):
+    goal = changed(planted, median=median)
+    found = generator._tuned(start, goal, True, [0])
+    medians = [
+        np.median(generated(found, (30, 30), rank=16, rng=rng(s))) / median for s in range(20)
+    ]
+    assert 0.6 < np.median(medians) < 1.6
+
+
+def test_candidates_combine_everything_once():
+    grid = candidates(POWER_LAW, shapes=((16, 64), (16, 128)), ratios=(1.0, 3.0))
+    assert len(set(grid)) == len(grid) == 4 * len(generator.PARETO_GRID)
+    assert {c.templates for c in grid} == {1}
+
+
+def pair(label: str, n: int) -> Pair:
+    return Pair(("q", "k"), Verdict(label, 1.0, 1.0, 0.0, 0.1, n), 2.0, 0.1)
+
+
+def test_target_is_that_of_the_spectra():
+    values = {t: rng(i).exponential(size=(12, 8)) for i, t in enumerate("qk")}
+    found = target(values, pair(POWER_LAW, 144), replicates=50)
+    table = cosine_distances(values["q"], values["k"])
+    assert found.vectors == (12, 12)
+    assert found.rank == 8
+    assert found.median == np.median(table)
+    assert found.low < found.alpha < found.high
+    assert found == target(values, pair(POWER_LAW, 144), replicates=50)
+    normal = target(values, pair(NORMAL, 144))
+    assert normal.alpha is normal.low is normal.high is normal.xmin is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [((UNDECIDED, 144), "q-k is undecided"), ((POWER_LAW, 100), "has 100")]
+)
+def test_a_target_that_is_none_is_refused(given, message):
+    values = {t: rng(i).exponential(size=(12, 8)) for i, t in enumerate("qk")}
+    with pytest.raises(WdlibError, match=message):
+        target(values, pair(*given))
+
+
+def test_a_survey_of_nothing_is_refused(planted):
+    with pytest.raises(WdlibError, match="no candidates"):
+        calibrate(planted, {})
