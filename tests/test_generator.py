@@ -209,6 +209,7 @@ def test_two_copies_are_apart_by_the_entries_new_in_either():
 
 @pytest.mark.parametrize("shape", [0.8, 1.0, 1.5, 2.0])
 def test_the_exponent_of_the_distances_is_shape_plus_one(shape):
+    """At a small scale; at larger ones the tail is steeper, by tenths (notebook 06)."""
     scale = 3e-4
     counts = ParetoCounts(shape, scale)
     distances = generator.distances_to_template(1000, SHAPE, counts, templates=6, rng=rng(7))
