@@ -21,6 +21,9 @@ from wdlib import WdlibError, paths
 
 _KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
+_INJECTED = "injected-parameters"
+"""papermill's tag of the cell with the parameters that were given."""
+
 
 def check_parameters(namespace: Mapping[str, Any]) -> None:
     """Refuse a notebook's parameters where one is unknown or of the wrong type.
@@ -136,12 +139,15 @@ def normalise(notebook):
     """The notebook without what differs from run to run or from machine to machine; in place.
 
     Kept: sources, tags, execution counts, outputs. Dropped: all other metadata (papermill's times,
-    the kernel's version) and whatever was written to stderr (progress bars).
+    the kernel's version), whatever was written to stderr (progress bars), and the random id of the
+    cell that papermill injects.
     """
     notebook.metadata = {"kernelspec": dict(_KERNELSPEC), "language_info": {"name": "python"}}
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
         cell.metadata = {"tags": list(tags)} if tags else {}
+        if tags and _INJECTED in tags:
+            cell.id = _INJECTED
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     return notebook
