@@ -1,6 +1,6 @@
 """wdlib.characterize: planted classes and groups, closed forms, the stored form."""
 
-import importlib.util
+import importlib
 import json
 from collections import Counter
 from dataclasses import replace
@@ -29,11 +29,9 @@ from wdlib.spectra import Spectra
 @pytest.fixture(scope="module")
 def experiment():
     """docs/experiments/confusion.py as a module."""
-    path = paths.ROOT / "docs" / "experiments" / "confusion.py"
-    spec = importlib.util.spec_from_file_location("confusion", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(paths.ROOT / "docs" / "experiments")
+        return importlib.import_module("confusion")
 
 
 def labels(experiment, truth: str, name: str, n: int, draws: int = 25) -> Counter:

@@ -552,6 +552,25 @@ def test_error_of_order_accuracy_is_over_items() -> None:
     assert estimate.error == pytest.approx(share.std(ddof=1) / 40**0.5)
 
 
+def test_one_cycle_of_orders_stands_for_all_and_the_error_covers_the_choice_of_it() -> None:
+    rng = np.random.default_rng(3)
+    cycle, every = [], []
+    for _ in range(1000):  # other items each time, in an order of their own
+        gold = rng.integers(0, 4, 60)
+        worth = rng.normal(size=(60, 4)) + np.eye(4)[gold]
+        shown = worth[:, evaluation.option_orders(24)] + np.array([1.5, 0.0, 0.0, 1.0])
+        cycle.append(evaluation.order_accuracy(scores(shown[:, :4], gold)))
+        every.append(evaluation.order_accuracy(scores(shown, gold)))
+    means, errors = [], []
+    for estimates in (cycle, every):
+        values = np.array([estimate.value for estimate in estimates])
+        means.append(values.mean())
+        errors.append(np.mean([estimate.error**2 for estimate in estimates]))
+        np.testing.assert_allclose(errors[-1], values.var(), rtol=0.15)
+    np.testing.assert_allclose(*means, atol=0.002)
+    assert errors[0] > 1.03 * errors[1]
+
+
 def test_debiasing_takes_a_planted_liking_for_letters_away() -> None:
     rng = np.random.default_rng(2)
     gold = rng.integers(0, 4, 80)

@@ -1,6 +1,6 @@
 """wdlib.fits: the reference library, planted truth, closed forms. And wdlib.paper: well-formed."""
 
-import importlib.util
+import importlib
 import time
 import warnings
 
@@ -469,29 +469,56 @@ def test_alpha_by_xmin():
         alpha_by_xmin(x, [1.0, 2 * x.max()])
 
 
-def test_the_measurement_of_sizes_runs_and_goes_on(tmp_path, monkeypatch):
-    path = paths.ROOT / "docs" / "experiments" / "goodness_of_fit_size.py"
-    spec = importlib.util.spec_from_file_location("goodness_of_fit_size", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+@pytest.fixture
+def size_experiment(monkeypatch):
+    """docs/experiments/goodness_of_fit_size.py as a module."""
+    monkeypatch.syspath_prepend(paths.ROOT / "docs" / "experiments")
+    return importlib.import_module("goodness_of_fit_size")
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_measurement_of_sizes_runs_and_goes_on(
+    size_experiment, tmp_path, monkeypatch, held_out
+):
+    module = size_experiment
     monkeypatch.setattr(module, "SIZES", ((10, None), (8, 9)))
+    monkeypatch.setattr(module, "HELD_OUT_SIZES", ((9, None),))
     out = tmp_path / "results" / "sizes.csv"
     options = ["--repetitions", "2", "--replicates", "19", "--out", str(out)]
+    options += ["--held-out"] * held_out
     module.main(options)
     rows = module.read(out)
-    assert len(rows) == 2 * sum(len(dependences) for dependences in module.TRUTHS.values())
-    assert {row["distances"] for row in rows} == {"45", "72"}
+    truths, sizes = module.TRUTHS, {"45", "72"}
+    if held_out:
+        truths, sizes = module.HELD_OUT, {"36"}
+    assert len(rows) == len(sizes) * sum(len(dependences) for dependences in truths.values())
+    assert {row["distances"] for row in rows} == sizes
     module.write(rows[:-1], out)
-    monkeypatch.setattr(module, "measure", lambda *case: rows[-1] | {"tail_share": "again"})
+    monkeypatch.setattr(module, "measure", lambda *case, **_: rows[-1] | {"tail_share": "again"})
     module.main(options)
     assert module.read(out) == [*rows[:-1], rows[-1] | {"tail_share": "again"}]
 
 
-def test_the_planted_tables_are_what_they_are_said_to_be():
-    path = paths.ROOT / "docs" / "experiments" / "goodness_of_fit_size.py"
-    spec = importlib.util.spec_from_file_location("goodness_of_fit_size", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_held_out_tables_are_others(size_experiment):
+    case = "power law", "product", (10, None), 5, 19
+    old, new = (size_experiment.measure(*case, held_out=held_out) for held_out in (False, True))
+    assert old["tail_share"] != new["tail_share"]
+
+
+def test_the_method_states_the_held_out_sizes(size_experiment):
+    rows = size_experiment.read(paths.RESULTS / "goodness_of_fit_size_held_out.csv")
+    rates = {name: [] for name in ("designed", "cauchy", "walk")}
+    for row in rows:
+        family = row["dependence"] if row["dependence"] in rates else "designed"
+        rates[family].append(100 * float(row["rejected_vectors"]))
+    text = (paths.ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    for family, sentence in (("designed", "rejects"), ("cauchy", "should:"), ("walk", "law,")):
+        low, high = (f"{value:.0f}" for value in (min(rates[family]), max(rates[family])))
+        assert f"{sentence} {low} to {high} %" in text
+
+
+def test_the_planted_tables_are_what_they_are_said_to_be(size_experiment):
+    module = size_experiment
     laws = {
         "power law": stats.pareto(module.SHAPE),
         "lognormal": stats.lognorm(1),
@@ -504,6 +531,12 @@ def test_the_planted_tables_are_what_they_are_said_to_be():
                 # one distance of each table, so that the draws are independent
                 x = [module.table(truth, dependence, 2, m, rng)[0, 1] for _ in range(2000)]
                 assert stats.kstest(x, law.cdf).pvalue > 1e-3
+    for dependence in ("cauchy", "walk"):
+        x = []
+        for _ in range(2000):  # one distance of each table
+            i, j = rng.choice(6, 2, replace=False)
+            x.append(module.table("power law", dependence, 6, None, rng)[i, j])
+        assert stats.kstest(x, laws["power law"].cdf).pvalue > 1e-3
     mixed = module.table("power law, body", "product", 400, None, rng)
     tail = mixed[mixed > 1]
     assert_allclose(tail.size / mixed.size, 0.4, atol=0.1)

@@ -63,6 +63,24 @@ def test_experts_get_noise_of_their_own():
     assert not np.array_equal(b, c)
 
 
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (12, 12)])
+def test_gaussian_values_have_the_law_of_a_normal_matrix(shape):
+    rng = np.random.default_rng(2)
+    drawn = np.array([nulls.gaussian_values(shape, 12, rng) for _ in range(2000)])
+    assert drawn.shape == (2000, 12)
+    assert (np.diff(drawn, axis=1) <= 0).all()
+    true = np.linalg.svd(rng.standard_normal((2000, *shape)), compute_uv=False)
+    assert_allclose(drawn.mean(axis=0), true.mean(axis=0), atol=0.04)
+    assert_allclose(np.cov(drawn.T), np.cov(true.T), atol=0.04)
+
+
+def test_gaussian_values_are_as_many_as_asked_for_of_the_largest():
+    few, every = (nulls.gaussian_values((7, 5), rank, np.random.default_rng(3)) for rank in (2, 5))
+    assert_allclose(few, every[:2], rtol=1e-12)
+    with pytest.raises(WdlibError, match="5 x 7 matrix has 5 singular values: 6 are too many"):
+        nulls.gaussian_values((7, 5), 6, np.random.default_rng(3))
+
+
 def test_types_shuffled_deals_the_vectors_of_a_layer_out_again():
     values = spectra_values()
     dealt = nulls.types_shuffled(values, np.random.default_rng(3))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from wdlib import WdlibError, pretrained, weights
 from wdlib.models import DEFAULT, Checkpoint
@@ -95,3 +95,50 @@ def test_weights_that_stay_on_the_hub_are_refused():
     away = Checkpoint("tiny", (object(),), "hub organisation/tiny")
     with pytest.raises(WdlibError, match="without hf://"):
         pretrained.load(away)
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config, Gemma3TextConfig, GPT2Config])
+def test_a_miniature_is_small_and_of_the_same_kind(kind, tmp_path):
+    state = torch.random.get_rng_state()
+    small = pretrained.load(pretrained.miniature(kind(), tmp_path / "small"))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert type(small.model.config) is kind
+    assert small.model.num_parameters() < 200_000
+    ids = small.tokenizer("Zwölf 12").input_ids
+    assert len(ids) == len("Zwölf 12".encode())
+    assert small.tokenizer.decode(ids) == "Zwölf 12"
+    assert small.model(torch.tensor([ids])).logits.shape[-1] >= len(small.tokenizer)
+
+
+def test_a_miniature_follows_its_seed(tmp_path):
+    folders = [pretrained.miniature(LlamaConfig(), tmp_path / f"{i}", seed=i) for i in (0, 1)]
+    again = pretrained.miniature(LlamaConfig(), tmp_path / "again", seed=1)
+    first, second, third = (pretrained.load(f).model.lm_head.weight for f in (*folders, again))
+    assert torch.equal(second, third)
+    assert not torch.equal(first, second)
+
+
+def test_the_configuration_is_that_of_the_loaded_model(tiny):
+    assert (
+        pretrained.configuration(tiny).to_diff_dict()
+        == pretrained.load(tiny).model.config.to_diff_dict()
+    )
+
+
+def test_quiet_holds_notices_back_until_it_ends_however_it_ends():
+    from transformers.utils import logging
+
+    def fail():
+        with pretrained.quiet():
+            assert not logger.isEnabledFor(logging.WARNING)
+            assert logger.isEnabledFor(logging.ERROR)
+            raise ZeroDivisionError
+
+    logger, level = logging.get_logger("transformers.tiny"), logging.get_verbosity()
+    logging.set_verbosity_info()
+    try:
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        assert logging.get_verbosity() == logging.INFO
+    finally:
+        logging.set_verbosity(level)

@@ -145,28 +145,6 @@ def test_over_seeds_is_students_interval():
     assert_allclose([result.mean, result.deviation], [0.82 / 3, values.std(ddof=1)])
 
 
-def test_over_orders_knows_the_luck_of_one_shuffle():
-    rng = np.random.default_rng(3)
-    every = rng.random((150, 24)) < rng.beta(0.5, 1, (150, 1))
-    result = stats.over_orders(every)
-    assert result.order_error == 0
-    assert_allclose(result.accuracy, every.mean())
-    assert_allclose(result.order_deviation, np.sqrt(every.var(1).sum()) / 150)
-    picks = rng.integers(24, size=(20_000, 150))
-    shuffled = every[np.arange(150), picks].mean(1)
-    assert_allclose(result.order_deviation, shuffled.std(), rtol=0.02)
-    some = [stats.over_orders(rng.permuted(every, axis=1)[:, :6]) for _ in range(1000)]
-    assert_allclose([s.order_error for s in some], np.std([s.accuracy for s in some]), rtol=0.25)
-    assert_allclose(
-        np.mean([s.order_deviation**2 for s in some]), result.order_deviation**2, rtol=0.02
-    )
-    means = [stats.over_orders(rng.random((150, 4)) < rng.beta(0.5, 1, (150, 1)))
-             for _ in range(1000)]  # fmt: skip
-    assert_allclose(
-        np.mean([m.item_error**2 for m in means]), np.var([m.accuracy for m in means]), rtol=0.15
-    )
-
-
 def test_holm_gives_the_textbook_values_in_the_order_given():
     assert_allclose(stats.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
     assert_array_equal(stats.holm([0.6, 0.7]), [1, 1])
@@ -258,8 +236,6 @@ ONE, TWO = np.ones(3, bool), np.ones((2, 3))
     (lambda: stats.paired_bootstrap(TWO, np.array([0, 1, np.nan])), "finite"),
     (lambda: stats.paired_bootstrap(TWO[:, :1], TWO[:, :1]), "two items"),
     (lambda: stats.over_seeds([0.3]), "two finite values"),
-    (lambda: stats.over_orders(np.ones((5, 1))), "evaluate more orders"),
-    (lambda: stats.over_orders(np.ones((5, 25))), "2 to 24 orders"),
     (lambda: stats.holm([0.1, np.nan]), "from 0 to 1"),
     (lambda: stats.paired_power(10, 0.3, discordance=0.2), "larger discordance"),
     (lambda: stats.unpaired_power(10, 0.8, accuracy=0.3), "smaller difference"),

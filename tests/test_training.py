@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig
 
 from wdlib import WdlibError, lora, paths, pretrained, training
 from wdlib.characterize import load
@@ -26,16 +25,7 @@ SHORT = Hyperparameters(steps=5, warmup_steps=1, learning_rate=1e-2, dtype="floa
 def home(tmp_path_factory):
     """A folder with a small Llama and its byte tokenizer (model/), and 240 examples (data/)."""
     folder = tmp_path_factory.mktemp("training")
-    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    fast.save_pretrained(folder / "model")
-    set_seed(0)
-    sizes = {"vocab_size": 257, "hidden_size": 64, "intermediate_size": 96}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder / "model")
+    pretrained.miniature(LlamaConfig(), folder / "model")
     rng = np.random.default_rng(0)
     rows = [
         {"instruction": f"Repeat {i}.", "input": str(i) * (i % 2), "output": f"{i} " * n}
@@ -128,7 +118,7 @@ def test_an_example_in_the_alpaca_format(home):
     (whole,) = training.tokenise([row], tokenizer, max_length=999)
     text = tokenizer.decode(whole.ids)
     assert text.startswith("Below is an instruction")
-    assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n3.<eos>")
+    assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n3.<end>")
     assert whole.labels == [training.IGNORED, *whole.ids[1:]]
     assert not whole.cut
     (answer,) = training.tokenise([row], tokenizer, max_length=999, answers_only=True)

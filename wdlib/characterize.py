@@ -89,14 +89,13 @@ def classify(
     Raises: WdlibError for fewer than four distinct positive distances.
     """
     table = np.asarray(table, dtype=np.float64)
-    distances = table[np.triu_indices(len(table), 1)] if symmetric else table.ravel()
-    distances = distances[distances > 0]
+    distances = _positive(table, symmetric)
     if np.unique(distances).size < 4:
         raise WdlibError(
             f"a table of shape {table.shape} has {np.unique(distances).size} distinct positive "
             "distances: a class needs 4, so compare more vectors"
         )
-    start, pareto, normal, _ = _likelihoods(distances)
+    evidence, start, n = _seen(distances)
     favoured = vector_bootstrap(
         table,
         _favoured,
@@ -111,9 +110,19 @@ def classify(
         label = POWER_LAW
     elif normal_share >= NORMAL_CONFIDENCE:
         label = NORMAL
-    return Verdict(
-        label, float(pareto - normal), power_law_share, normal_share, float(start), distances.size
-    )
+    return Verdict(label, evidence, power_law_share, normal_share, start, n)
+
+
+def _positive(table: np.ndarray, symmetric: bool) -> np.ndarray:
+    """The distances of a table that are not 0, each once."""
+    distances = table[np.triu_indices(len(table), 1)] if symmetric else table.ravel()
+    return distances[distances > 0]
+
+
+def _seen(distances: np.ndarray) -> tuple[float, float, int]:
+    """The part of a verdict that needs no resampling: evidence, start, n."""
+    start, pareto, normal, _ = _likelihoods(distances)
+    return float(pareto - normal), float(start), distances.size
 
 
 def _favoured(distances: np.ndarray) -> int:
@@ -247,13 +256,34 @@ def characterise(
         pairs=pairs,
         replicates=replicates,
         seed=seed,
-        rule={
-            "support_quantile": SUPPORT_QUANTILE,
-            "power_law_confidence": POWER_LAW_CONFIDENCE,
-            "normal_confidence": NORMAL_CONFIDENCE,
-        },
+        rule=_rule(),
         provenance=dict(spectra.provenance),
         made_by=f"wdlib {__version__} characterize.characterise, numpy {np.__version__}",
+    )
+
+
+def _rule() -> dict[str, float]:
+    return {
+        "support_quantile": SUPPORT_QUANTILE,
+        "power_law_confidence": POWER_LAW_CONFIDENCE,
+        "normal_confidence": NORMAL_CONFIDENCE,
+    }
+
+
+def is_of(found: Characterisation, spectra: Spectra) -> bool:
+    """Whether a characterisation is of these spectra, told without resampling.
+
+    Compared are the model, the provenance of its weights, the rule and, to six digits, all of the
+    verdicts that follows from the distances alone.
+    """
+    about = (found.model, found.provenance, found.rule)
+    if about != (spectra.model, spectra.provenance, _rule()) or found.rank > spectra.rank:
+        return False
+    values = spectra.truncate(found.rank).values
+    seen = {(p, q): _seen(_positive(_table(values, (p, q)), p == q)) for p, q in _pairs(values)}
+    kept = {p.types: (p.verdict.evidence, p.verdict.start, p.verdict.n) for p in found.pairs}
+    return seen.keys() == kept.keys() and all(
+        np.allclose(seen[types], kept[types], rtol=1e-6, atol=0) for types in kept
     )
 
 

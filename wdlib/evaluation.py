@@ -603,7 +603,13 @@ class Estimate:
 
 
 def order_accuracy(scores: Scores, *, normalised: bool = False) -> Estimate:
-    """Accuracy averaged over the option orders within each item; the error is over items."""
+    """Accuracy averaged over the option orders of each item, an estimate of that over all orders.
+
+    The error is that of the mean over items, whose shares of right orders spread both because items
+    differ and because only some orders are shown: orders left out are in it, and need no correction
+    of their own. NaN for one item.
+    Source: docs/method.md, section 8.
+    """
     item = correct(scores, normalised=normalised).mean(axis=1)
     spread = item.std(ddof=1) if len(item) > 1 else np.nan
     return Estimate(float(item.mean()), float(spread / np.sqrt(len(item))))

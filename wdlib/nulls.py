@@ -4,7 +4,8 @@ Two kinds. Of weights, as a stream that `spectra.collect` takes: `gaussian` keep
 of the matrices, `shuffled` their values as well; both destroy what training put into the order of
 the entries. Of spectra, as the dictionary that `wdlib.distances` takes: `types_shuffled` keeps the
 vectors of every layer and forgets their types, `trend_plus_noise` keeps the types and a smooth
-course over the layers and forgets everything else.
+course over the layers and forgets everything else. `gaussian_values` draws the singular values of
+a normal matrix from its shape alone, without the matrix.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from scipy.linalg import eigvalsh_tridiagonal
 
 from wdlib import TYPES, WdlibError, __version__, models, paths, spectra
 from wdlib.weights import Projection, inventory, projections
@@ -87,6 +89,24 @@ def spectra_of(model: str | Path, name: str, rank: int) -> spectra.Spectra:
     if not cached.is_file():
         spectra.save(compute(replace(checkpoint, sha256=content), name, rank), cached)
     return spectra.load(cached)
+
+
+def gaussian_values(shape: tuple[int, int], rank: int, rng: np.random.Generator) -> np.ndarray:
+    """The largest singular values of a matrix of independent standard normal entries.
+
+    The matrix is not made: its values are those of a bidiagonal one with chi-distributed entries.
+
+    Arguments: shape, of the matrix, either way round; rank, how many values.
+    Returns: float64 (rank,), descending.
+    Raises: WdlibError for a rank above the smaller dimension.
+    Source: Dumitriu and Edelman, Journal of Mathematical Physics 43 (2002), 5830 (beta = 1).
+    """
+    n, m = sorted(shape)
+    if rank > n:
+        raise WdlibError(f"a {n} x {m} matrix has {n} singular values: {rank} are too many")
+    a, b = rng.chisquare(m - np.arange(n)), rng.chisquare(n - 1 - np.arange(n - 1))
+    squares = eigvalsh_tridiagonal(a + np.r_[0, b], np.sqrt(a[:-1] * b), "i", (n - rank, n - 1))
+    return np.sqrt(squares[::-1])
 
 
 def types_shuffled(

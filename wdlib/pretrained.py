@@ -8,7 +8,6 @@ model wherever the weights come from.
 import contextlib
 import copy
 import io
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from wdlib.models import Checkpoint, resolve
 from wdlib.weights import gguf_header
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DIGIT_SPLITTING = ("smollm",)
 """Values of a GGUF file's `tokenizer.ggml.pre` whose tokenizers make each digit a token."""
@@ -37,6 +36,19 @@ class Pretrained:
     checkpoint: Checkpoint
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' notices out of the caller's output; errors still show."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
 def load(model: str | Path | Checkpoint, *, dtype: str = "float32") -> Pretrained:
     """The model that a name of the catalogue, a hub id, a folder or a GGUF file stands for.
 
@@ -52,6 +64,87 @@ def load(model: str | Path | Checkpoint, *, dtype: str = "float32") -> Pretraine
     if dtype not in ("float32", "bfloat16", "float16"):
         raise WdlibError(f"there is no dtype {dtype!r} here: give float32, bfloat16 or float16")
     checkpoint = model if isinstance(model, Checkpoint) else resolve(model)
+    folder, gguf = _source(checkpoint)
+    with _reading(checkpoint):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), local_files_only=True, **gguf
+        )
+        tokenizer = _tokenizer(folder, gguf)
+    if gguf:
+        loaded = _plain(loaded)
+        if gguf_header(checkpoint.files[0])[0].get("tokenizer.ggml.pre") in DIGIT_SPLITTING:
+            _split_digits(tokenizer)
+    return Pretrained(loaded.eval(), tokenizer, checkpoint)
+
+
+def configuration(model: str | Path) -> "PretrainedConfig":
+    """The configuration that `load` would give its model, without the weights.
+
+    Raises: WdlibError as `load` does.
+    """
+    from transformers import AutoConfig
+
+    checkpoint = resolve(model)
+    folder, gguf = _source(checkpoint)
+    with _reading(checkpoint):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, **gguf)
+
+
+def miniature(
+    config: "PretrainedConfig",
+    folder: str | Path,
+    *,
+    layers: int = 2,
+    width: int = 64,
+    seed: int = 0,
+) -> Path:
+    """Save a small model of the same architecture, with random weights and a byte tokenizer.
+
+    For showing and testing in seconds what is done with a large one.
+
+    Arguments: config, of the large one, a decoder (see `configuration`); layers, width (a multiple
+    of 8), of the small one; seed, of its weights.
+    Returns: folder, to be read by `load`.
+    Raises: ValueError, of transformers, for an architecture that cannot be made so small.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>"]
+    bytewise = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    end = len(vocabulary) - 1
+    small = copy.deepcopy(config)
+    small.update(
+        {
+            "vocab_size": 320,  # more than there are bytes: some families add tokens of their own
+            "num_hidden_layers": layers,
+            "hidden_size": width,
+            "intermediate_size": 3 * width // 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": width // 4,
+            "bos_token_id": end,
+            "eos_token_id": end,
+            "pad_token_id": end,
+        }
+    )
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:layers]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        model.save_pretrained(folder)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<end>")
+        tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def _source(checkpoint: Checkpoint) -> tuple[Path, dict[str, str]]:
+    """The folder that transformers reads, and what it needs to be told of a GGUF file."""
     file = checkpoint.files[0]
     if not isinstance(file, Path):
         raise WdlibError(
@@ -63,23 +156,22 @@ def load(model: str | Path | Checkpoint, *, dtype: str = "float32") -> Pretraine
         raise WdlibError(
             f"{folder} holds weights but no config.json: give the model's whole folder"
         )
+    return folder, gguf
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what transformers says of a folder that it cannot read into one sentence."""
     try:
-        with _quiet():
-            loaded = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, dtype), local_files_only=True, **gguf
-            )
-            tokenizer = _tokenizer(folder, gguf)
+        # The progress bar of the GGUF reader knows no switch, so what goes to stderr is dropped.
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+            yield
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WdlibError(
             f"transformers cannot load {checkpoint.name} as a causal language model ({reason}): "
             "give a decoder's checkpoint with its config.json"
         ) from error
-    if gguf:
-        loaded = _plain(loaded)
-        if gguf_header(file)[0].get("tokenizer.ggml.pre") in DIGIT_SPLITTING:
-            _split_digits(tokenizer)
-    return Pretrained(loaded.eval(), tokenizer, checkpoint)
 
 
 def _tokenizer(folder: Path, gguf: dict[str, str]) -> "PreTrainedTokenizerBase | None":
@@ -113,20 +205,3 @@ def _split_digits(tokenizer: "PreTrainedTokenizerBase") -> None:
 
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' notices out of the caller's output, and its progress bars.
-
-    The bar of its GGUF reader knows no switch, so what is written to stderr is dropped.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)

@@ -31,7 +31,7 @@ import numpy as np
 from scipy import optimize, special
 
 from wdlib import WdlibError
-from wdlib.fits import MIN_DISTINCT, _distances, _flat, _vector_draws
+from wdlib.fits import MIN_DISTINCT, flat, table_distances, vector_draws
 
 RIVALS = (
     "power_law",
@@ -209,9 +209,9 @@ def compare_vectors(
     of the data in every resample.
     Raises: WdlibError as `fit_rival` does, also where a resample is left with too few values.
     """
-    tail, xmin = _tail(_distances(table, symmetric), xmin)
+    tail, xmin = _tail(table_distances(table, symmetric), xmin)
     rng = np.random.default_rng(seed)
-    draws = _vector_draws(table, symmetric=symmetric, replicates=replicates, rng=rng)
+    draws = vector_draws(table, symmetric=symmetric, replicates=replicates, rng=rng)
     per_point = np.array([compare(drawn, a, b, xmin=xmin).per_point for drawn in draws])
     low, high = np.quantile(per_point, (0.025, 0.975))
     return VectorComparison(
@@ -229,7 +229,7 @@ _SAME = 1e-10  # two log-densities of one law, reached by two ways, differ by le
 
 
 def _tail(x: np.ndarray, xmin: float | None) -> tuple[np.ndarray, float]:
-    x = _flat(x)
+    x = flat(x)
     positive = x[x > 0]
     if xmin is None:
         xmin = float(positive.min(initial=np.inf))

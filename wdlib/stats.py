@@ -24,9 +24,6 @@ POWER = 0.8
 REPLICATES = 10_000
 """Bootstrap replicates: p-values go down to 2e-4, and survive a correction for 100 comparisons."""
 
-ORDERS = 24
-"""Orders that four options can be shown in."""
-
 
 @dataclass(frozen=True)
 class McNemar:
@@ -70,21 +67,6 @@ class SeedMean:
     high: float
     deviation: float
     seeds: int
-
-
-@dataclass(frozen=True)
-class OrderMean:
-    """Accuracy averaged over the orders in which options are shown.
-
-    item_error: standard error for the choice of items. order_error: standard error for the orders
-    left out, 0 if none is. order_deviation: standard deviation, between shuffles, of the accuracy
-    with every item in one random order of its own: the luck in a benchmark that shuffles once.
-    """
-
-    accuracy: float
-    item_error: float
-    order_error: float
-    order_deviation: float
 
 
 def wilson(
@@ -228,33 +210,6 @@ def over_seeds(values: np.ndarray, *, level: float = LEVEL) -> SeedMean:
     mean, deviation = float(values.mean()), float(values.std(ddof=1))
     half = float(stats.t.isf((1 - level) / 2, len(values) - 1)) * deviation / sqrt(len(values))
     return SeedMean(mean, mean - half, mean + half, deviation, len(values))
-
-
-def over_orders(correct: np.ndarray, *, population: int = ORDERS) -> OrderMean:
-    """Accuracy averaged over option orders, with what chance has in it.
-
-    The orders count as drawn without replacement from all `population`, for each item on its own.
-    Whole cycles of orders are balanced over the letters, so that order_error is then too large
-    rather than too small.
-
-    Arguments: correct (items, orders) bool.
-    Raises: WdlibError for fewer than two items or orders, and for more orders than there are.
-    Source: docs/method.md, section 8.
-    """
-    correct = np.asarray(correct, float)
-    if correct.ndim != 2 or len(correct) < 2 or not 2 <= correct.shape[1] <= population:
-        raise WdlibError(
-            f"right answers of shape {correct.shape} are not (items, orders) with 2 items or more "
-            f"and 2 to {population} orders: evaluate more orders"
-        )
-    items, orders = correct.shape
-    within = correct.var(1, ddof=1).mean()
-    return OrderMean(
-        accuracy=float(correct.mean()),
-        item_error=float(correct.mean(1).std(ddof=1) / sqrt(items)),
-        order_error=sqrt(within * (1 / orders - 1 / population) / items),
-        order_deviation=sqrt(within * (1 - 1 / population) / items),
-    )
 
 
 @overload

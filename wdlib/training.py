@@ -15,8 +15,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
@@ -312,19 +311,31 @@ class Run:
             )
 
     @property
+    def variant(self) -> str:
+        """What is compared, whatever the seed, model and data: "literal qwen lr0.0006", say."""
+        return " ".join(self._variant())
+
+    @property
     def key(self) -> str:
         """A short name, readable and unique: what differs from the defaults makes its hash."""
+        init, *others = self._variant()
+        reference = others.pop(0) if self.reference else None
+        parts = [Path(self.model).name, init, reference, self.data, *others]
+        parts += [f"s{self.seed}"] * (self.init != UNTRAINED)
+        digest = hashlib.sha256(json.dumps(_changed(self), sort_keys=True).encode()).hexdigest()
+        return "-".join([part for part in parts if part] + [digest[:8]])
+
+    def _variant(self) -> list[str]:
+        """The initialisation, its reference, and the settings named in a key if changed."""
         changed = _changed(self)
         hyperparameters = changed.get("hyperparameters", {})
-        parts = [Path(self.model).name, self.init, self.reference, self.data]
+        parts = [self.init] + [self.reference] * (self.reference is not None)
         parts += [f"lr{self.hyperparameters.learning_rate:g}"] * (
             "learning_rate" in hyperparameters
         )
         parts += [f"r{self.hyperparameters.rank}"] * ("rank" in hyperparameters)
         parts += [f"b{self.b_scale:g}"] * ("b_scale" in changed)
-        parts += [f"s{self.seed}"] * (self.init != UNTRAINED)
-        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
-        return "-".join([part for part in parts if part] + [digest[:8]])
+        return parts
 
     def to_json(self) -> str:
         """As text, to be read back by `from_json`."""
@@ -595,7 +606,9 @@ def _fit(
     tokens (predicted), padded (positions computed, padding included).
     """
     trainer = _trainer(model, ordered, run, folder=folder / "checkpoints", save_every=save_every)
-    with _quiet():
+    with pretrained.quiet(), warnings.catch_warnings():
+        # A checkpoint's adapter does not hold the vocabulary, whatever the base's folder lacks.
+        warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)
         trainer.train(resume_from_checkpoint=_last_whole(folder / "checkpoints"))
     if trainer.is_world_process_zero():
         (folder / "state").mkdir(exist_ok=True)
@@ -656,7 +669,7 @@ def _trainer(
                 set_peft_model_state_dict(target, state, adapter_name=name)
 
     h = run.hyperparameters
-    with _quiet():
+    with pretrained.quiet():
         trainer = AdapterTrainer(
             model,
             TrainingArguments(
@@ -699,22 +712,6 @@ def _last_whole(folder: Path) -> str | None:
         else:
             shutil.rmtree(path, ignore_errors=True)
     return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep notices of transformers and peft that say nothing about a run out of the output."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            # A checkpoint's adapter does not hold the vocabulary, whatever the base's folder lacks.
-            warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
 
 
 # Provenance --------------------------------------------------------------------------------------

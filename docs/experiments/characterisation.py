@@ -5,7 +5,7 @@ data/results/characterisation/<model>-r<rank>.json at ranks 16, 64 and the large
 stability.csv beside them.
 """
 
-from confusion import write
+from csv_tables import write
 
 from wdlib import models, paths, spectra
 from wdlib.characterize import LABELS, characterise, save, stability

@@ -15,13 +15,11 @@ that differ from it as in the first way, with alpha GROUP_ALPHA. Were the templa
 angles, distances between groups would have the same Pareto tail on a shifted origin.
 """
 
-import csv
-import os
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
+from csv_tables import read, write
 from scipy import stats
 from tqdm.auto import tqdm
 
@@ -197,24 +195,10 @@ def rows_of(truth: str, name: str, n: int, labels: Counter) -> list[dict[str, st
     return rows
 
 
-def write(rows: list[dict[str, str]], path: Path) -> None:
-    """Write the table, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, path)
-
-
 def main() -> None:
     """Fill data/results/confusion.csv, cell by cell, then data/results/grouping.csv."""
     path = paths.RESULTS / "confusion.csv"
-    rows = []
-    if path.is_file():
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+    rows = read(path)
     done = {(row["plant"], row["n"]) for row in rows if int(row["draws"]) == DRAWS}
     cells = [(t, name, n) for t, plants in PLANTS.items() for name in plants for n in SHAPES]
     for truth, name, n in tqdm(cells, unit="cell"):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
-from confusion import write
+from csv_tables import write
 
 from wdlib import fingerprints, models, nulls, paths, spectra, weights
 from wdlib.weights import Projection
@@ -55,8 +55,7 @@ COPIED = (models.DEFAULT, "all-minilm-l6-v2")
 
 def values_of(stream: Stream) -> dict[str, np.ndarray]:
     """Singular values of a stream of weights."""
-    found = spectra.collect(stream, RANK)
-    return {t: np.stack([f.values for f in rows]) for t, rows in found.items()}
+    return spectra.stack(spectra.collect(stream, RANK))[0]
 
 
 def rounded(row: dict, digits: int) -> dict:

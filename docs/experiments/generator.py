@@ -14,10 +14,9 @@ The stored characterisations hold one normal pair, at rank 256; others are plant
 scale. Normal targets are searched by `method` alone.
 """
 
-import csv
 from functools import cache
 
-from confusion import write
+from csv_tables import read, write
 from tqdm.auto import tqdm
 
 from wdlib import characterize, generator, paths, spectra
@@ -110,10 +109,7 @@ def row(model: str, pair: str, choice: str, found: Calibration) -> dict[str, str
 def main() -> None:
     """Fill data/results/generator_calibration.csv, row by row."""
     path = paths.RESULTS / "generator_calibration.csv"
-    rows = []
-    if path.is_file():
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+    rows = read(path)
     done = {(r["model"], r["pair"], r["choice"]) for r in rows}
     for choice in ("closed form", *SEARCHED):
         for (model, pair), goal in tqdm(targets().items(), desc=choice):

@@ -17,13 +17,13 @@ one-sided collapse of the first only, and its mean taken off: few seeds may not 
 between two runs. For comparison: the percentile bootstrap that resamples seeds and items alike.
 """
 
-import csv
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
 from math import sqrt
 
 import numpy as np
+from csv_tables import read, write
 from scipy import stats
 from tqdm.auto import tqdm
 
@@ -45,10 +45,6 @@ DIFFICULTY, LIKING, REST = 1.0, 0.3, 0.3  # standard deviations of the latent pa
 WITHOUT_LUCK = sqrt(DIFFICULTY**2 + LIKING**2 + REST**2)
 COLLAPSE = 0.2
 LOSS_LIKING, LOSS_REST = 0.2, 0.1
-COLUMNS = (
-    "scores", "seeds", "items", "luck", "seed_deviation", "interval", "covered", "draws",
-    "coverage", "low", "high", "half_width",
-)  # fmt: skip
 
 
 def lucks(scores: str, luck: float, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -149,10 +145,7 @@ def rows(scores: str, luck: float, seeds: int, items: int) -> Iterator[dict[str,
 def main() -> None:
     """Fill data/results/interval_coverage.csv, cell by cell."""
     path = paths.RESULTS / "interval_coverage.csv"
-    table = []
-    if path.is_file():
-        with path.open(encoding="utf-8", newline="") as file:
-            table = list(csv.DictReader(file))
+    table = read(path)
     done = {tuple(row[c] for c in ("scores", "luck", "seeds", "items")) for row in table}
     cells = [
         (scores, luck, seeds, items)
@@ -163,10 +156,7 @@ def main() -> None:
     ]
     for cell in tqdm(cells, unit="cell"):
         table += rows(*cell)
-        with paths.whole(path) as part, part.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+        write(table, path)
 
 
 if __name__ == "__main__":

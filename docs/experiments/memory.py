@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from confusion import write
+from csv_tables import write
 
 from wdlib import paths
 

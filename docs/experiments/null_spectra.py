@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from confusion import write
+from csv_tables import write
 
 from wdlib import models, nulls, paths, spectra
 from wdlib.characterize import LABELS, characterise

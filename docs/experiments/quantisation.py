@@ -8,7 +8,7 @@ the models are there.
 from collections.abc import Iterator
 from dataclasses import replace
 
-from confusion import write
+from csv_tables import write
 
 from wdlib import models, paths, spectra, weights
 from wdlib.characterize import Characterisation, characterise

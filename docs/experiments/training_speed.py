@@ -11,7 +11,7 @@ import time
 from itertools import product
 
 import torch
-from confusion import write
+from csv_tables import write
 
 from wdlib import lora, paths, pretrained, training
 from wdlib.training import Hyperparameters, Run, Tokens
