@@ -263,7 +263,12 @@ def test_a_token_is_sent_and_needed(hub, monkeypatch):
     assert weights.inventory("hf://lab/private")
     assert "hf_secret" not in repr(models.resolve("hf://lab/private"))
     hub.token = "Bearer other"
-    with pytest.raises(WdlibError, match=r"no model lab/private, or shows it only.*hf auth login"):
+    wanted = r"no model lab/private, or shows it only.*hf auth login.*HF_TOKEN"
+    with pytest.raises(WdlibError, match=wanted):
+        weights.inventory("hf://lab/private")
+    stale = {"X-Error-Message": "Invalid credentials in Authorization header"}
+    hub.do_GET = lambda self: self.answer(401, b"{}", stale)
+    with pytest.raises(WdlibError, match=r"lab/private cannot be read .*\(.*401.*the token and"):
         weights.inventory("hf://lab/private")
 
 
@@ -376,7 +381,10 @@ def test_a_file_that_is_gone_is_asked_for_once(hub):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("lab/gated", r"does not give out lab/gated .*accept the licence on \S+/lab/gated and log"),
+        (
+            "lab/gated",
+            r"does not give out lab/gated .*accept the licence on \S+/lab/gated and.*HF_TOKEN",
+        ),
         ("lab/absent", r"no model lab/absent, .*check the spelling, or log in"),
         ("lab/broken", r"lab/broken could not be read .* 4 times in a row \(.*500"),
         ("lab/tiny@nowhere", r"lab/tiny cannot be read from the hub \(.*404.*the revision"),

@@ -683,7 +683,8 @@ def write_mixture(folder: Path) -> Path:
 @pytest.mark.parametrize("shards", [1, 2, 3, 14])
 def test_shards_merge_into_the_bytes_of_one_job(write, shards: int, tmp_path: Path) -> None:
     folder = write(tmp_path / "toy")
-    spectra.compute_to(tmp_path / "one", folder, 8)
+    one, merged = tmp_path / "one.safetensors", tmp_path / "merged.safetensors"
+    spectra.compute_to(one, folder, 8)
     parts = []
     for i in range(1, shards + 1):
         path = tmp_path / f"{i}.safetensors"
@@ -692,8 +693,8 @@ def test_shards_merge_into_the_bytes_of_one_job(write, shards: int, tmp_path: Pa
     if shards > 1:
         assert parts[0].provenance["shard"] == f"1 of {shards}"
         parts = [spectra.merge(parts[::-1])]
-    spectra.save(parts[0], tmp_path / "merged")
-    assert (tmp_path / "merged").read_bytes() == (tmp_path / "one").read_bytes()
+    spectra.save(parts[0], merged)
+    assert merged.read_bytes() == one.read_bytes()
 
 
 def test_shards_are_equal_in_cost(tmp_path: Path) -> None:
@@ -711,7 +712,12 @@ def test_shards_that_make_no_whole_are_refused(tmp_path: Path) -> None:
     for parts in ([one], [one, one], [one, two, two], [spectra.compute(folder, 4)], []):
         with pytest.raises(WdlibError, match="make no whole"):
             spectra.merge(parts)
-    with pytest.raises(WdlibError, match=r"not of one job: made by .*rank=4.*rank=5"):
+    thirds = [spectra.compute(folder, 4, shard=(i, 3)) for i in (3, 1)]
+    for parts in (thirds, [*thirds, thirds[0]], [thirds[0], one]):
+        with pytest.raises(WdlibError, match=r"for want of .*2 of 3: give each"):
+            spectra.merge(parts)
+    wanted = r"not of one job: made by .*rank=4\)' in 1 of 2 and .*rank=5\)' in 2 of 2"
+    with pytest.raises(WdlibError, match=wanted):
         spectra.merge([one, spectra.compute(folder, 5, shard=(2, 2))])
     spoil(folder, "model.layers.1.self_attn.v_proj.weight", 9.0)
     with pytest.raises(WdlibError, match="not of one job: sha256"):
@@ -735,7 +741,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_journal_cut_at_any_byte_goes_on(tmp_path: Path, computed: list[str]) -> None:
-    folder, out = write_model(tmp_path / "toy"), tmp_path / "out"
+    folder, out = write_model(tmp_path / "toy"), tmp_path / "out.safetensors"
     journal = Path(f"{out}.unfinished")
     spectra.compute(folder, 4, journal=journal)
     kept = journal.read_bytes()
@@ -793,7 +799,8 @@ def test_a_journal_of_something_else_begins_anew(
 
 def test_killed_and_called_again(tmp_path: Path, computed: list[str]) -> None:
     """A process that gets SIGKILL while it computes; the next one does only what is missing."""
-    folder, out = write_model(tmp_path / "toy", layers=6, hidden=400), tmp_path / "killed"
+    folder = write_model(tmp_path / "toy", layers=6, hidden=400)
+    out = tmp_path / "killed.safetensors"
     code = "import sys; from wdlib import spectra; spectra.compute_to(sys.argv[2], sys.argv[1], 8)"
     journal = Path(f"{out}.unfinished")
     with subprocess.Popen([sys.executable, "-c", code, folder, out], cwd=paths.ROOT) as process:
@@ -805,8 +812,8 @@ def test_killed_and_called_again(tmp_path: Path, computed: list[str]) -> None:
     finished = journal.read_bytes().count(b"\n") - 1
     spectra.compute_to(out, folder, 8)
     assert len(computed) == 42 - finished < 42
-    spectra.compute_to(tmp_path / "one", folder, 8)
-    assert out.read_bytes() == (tmp_path / "one").read_bytes()
+    spectra.compute_to(tmp_path / "one.safetensors", folder, 8)
+    assert out.read_bytes() == (tmp_path / "one.safetensors").read_bytes()
 
 
 class Counting(ThreadPoolExecutor):
@@ -877,6 +884,49 @@ def test_processes_give_the_same_bits(tmp_path: Path) -> None:
         assert_same(spectra.compute(folder, 8, executor=pool), spectra.compute(folder, 8))
 
 
+def test_workers_end_with_a_parent_that_was_killed() -> None:
+    program = """
+import os, time
+from wdlib import spectra
+if __name__ == "__main__":
+    with spectra.processes(2) as pool:
+        print(*pool.map(os.path.basename, "ab"), flush=True)
+        time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout.readline() == b"a b\n"
+        parent.kill()
+        # At its end when the last process that holds it, the parent or a worker, is gone.
+        assert parent.communicate(timeout=30) == (b"", None)
+
+
+def test_what_is_finished_first_is_kept_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, journal = write_model(tmp_path / "toy", layers=3), tmp_path / "journal"
+    costly = "tensor model.layers.0.mlp.gate_proj.weight"
+    top, order, others_kept = spectra.top_singular_values, [], []
+
+    def slow(matrix: np.ndarray, r: int, *, name: str, **options: bool) -> SingularValues:
+        order.append(name)
+        if name == costly:
+            for _ in range(1000):
+                time.sleep(0.01)
+                if journal.read_bytes().count(b"\n") == 21:  # the head, and all but one of 21
+                    others_kept.append(True)
+                    break
+        return top(matrix, r, name=name, **options)
+
+    monkeypatch.setattr(spectra, "top_singular_values", slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = spectra.compute(folder, 4, journal=journal, executor=pool)
+    assert others_kept
+    kinds = [name.split(".")[4] for name in order]
+    assert set(kinds[:9]) == {"gate_proj", "up_proj", "down_proj"}, "the costliest are not first"
+    monkeypatch.undo()
+    assert_same(found, spectra.compute(folder, 4))
+
+
 def test_dask_gives_the_same_bits(tmp_path: Path) -> None:
     import distributed
 
@@ -918,9 +968,35 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     capsys.readouterr()
     assert cli.main([*common, "--device", "tpu", "--out", one]) == 1
     assert "no device 'tpu'" in capsys.readouterr().err
-    for option in (["--layers", "1-"], ["--types", "q,x"], ["--shard", "2"]):
+    for option in (
+        *(["--layers", "1-"], ["--layers", "2-1"], ["--types", "q,x"], ["--shard", "2"]),
+        *(["--workers", "0"], ["--workers", "-1"]),
+    ):
         with pytest.raises(SystemExit):
             cli.main([*common, *option, "--out", one])
+
+
+def test_files_that_cannot_hold_spectra_are_refused_before_any_work(
+    tmp_path: Path, computed: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    folder = write_model(tmp_path / "toy")
+    (tmp_path / "folder.safetensors").mkdir()
+    for name in ("folder.safetensors", "toy", "a.npz"):
+        with pytest.raises(WdlibError, match=rf"{name} cannot hold spectra: name a file that"):
+            spectra.compute_to(tmp_path / name, folder, 4)
+        with pytest.raises(WdlibError, match=rf"{name} cannot hold spectra"):
+            spectra.save(made_by_hand(((0, None),)), tmp_path / name)
+    assert not computed
+    assert {path.name for path in tmp_path.iterdir()} == {"toy", "folder.safetensors"}
+
+
+def test_files_that_are_not_there_yet(tmp_path: Path) -> None:
+    path = tmp_path / "2.safetensors"
+    with pytest.raises(WdlibError, match=r"2\.safetensors holds no spectra \(there is no such"):
+        spectra.load(path)
+    Path(f"{path}.unfinished").touch()
+    with pytest.raises(WdlibError, match=r"\(its job is unfinished\): run `wdlib spectra MODEL"):
+        spectra.load(path)
 
 
 # Large matrices ----------------------------------------------------------------------------------

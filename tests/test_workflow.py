@@ -11,8 +11,9 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
-from wdlib import characterize, cli, experiments, paths, run, spectra
+from wdlib import WdlibError, characterize, cli, experiments, models, paths, run, spectra
 from wdlib.models import catalogue
 
 FOLDER = paths.ROOT / "workflow"
@@ -89,12 +90,17 @@ def test_the_workflow_reads_the_list_of_cells_as_it_is_printed(capsys):
     assert {path.parent for path in needed if path} == {paths.RESULTS / "characterisation"}
 
 
-def test_a_characterisation_from_the_command_line_is_that_of_the_library(tmp_path, capsys):
+def planted(rank=8, **provenance):
+    """Spectra of a model "planted", of which each value is what it is at any rank."""
     rng = np.random.default_rng(0)
-    values = {t: np.sort(rng.pareto(2, (6, 8)) + 1)[:, ::-1] for t in ("q", "k")}
+    values = {t: np.sort(rng.pareto(2, (6, 8)) + 1)[:, ::-1][:, :rank] for t in ("q", "k")}
     rows = {t: tuple((layer, None) for layer in range(6)) for t in values}
-    error = {t: np.zeros((6, 8)) for t in values}
-    made = spectra.Spectra("planted", values, error, rows, {"created": "today"})
+    error = {t: np.zeros((6, rank)) for t in values}
+    return spectra.Spectra("planted", values, error, rows, {"source": "hub planted", **provenance})
+
+
+def test_a_characterisation_from_the_command_line_is_that_of_the_library(tmp_path, capsys):
+    made = planted()
     spectra.save(made, tmp_path / "planted.safetensors")
     out = tmp_path / "new" / "planted-r4.json"
     given = ["characterise", str(tmp_path / "planted.safetensors"), "--out", str(out)]
@@ -106,6 +112,97 @@ def test_a_characterisation_from_the_command_line_is_that_of_the_library(tmp_pat
     assert cli.main([*given, "--rank", "9"]) == 1
     assert capsys.readouterr().err.startswith("wdlib: ")
     assert out.read_bytes() == before
+
+
+def stored(capsys, *arguments):
+    """What the workflow reads of the list of what is stored: kind and name -> rank, state."""
+    assert cli.main(["stored", *arguments]) == 0
+    rows = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == sorted((row[0] for row in rows), reverse=True)
+    return {(kind, name): (rank, state) for kind, name, rank, state in rows}
+
+
+def test_all_that_is_stored_is_up_to_date_whatever_the_times_of_its_files(capsys):
+    found = stored(capsys)
+    files = {"spectra": paths.SPECTRA.glob("*.safetensors")}
+    files["characterisation"] = (paths.RESULTS / "characterisation").glob("*.json")
+    assert set(found) == {(kind, path.stem) for kind in files for path in files[kind]}
+    assert {state for _, state in found.values()} == {"up to date"}
+    assert all(
+        name.endswith(f"-r{rank}") or kind == "spectra" for (kind, name), (rank, _) in found.items()
+    )
+
+
+@pytest.fixture
+def planted_store(tmp_path, monkeypatch):
+    """A store with spectra and two characterisations of a planted model, and its spectra's file."""
+    monkeypatch.setattr(paths, "SPECTRA", tmp_path / "spectra")
+    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
+    file = spectra.save(planted(), spectra.stored("planted"))
+    for rank in (4, 8):
+        made = characterize.characterise(planted(), rank=rank, replicates=20)
+        characterize.save(made, tmp_path / "results" / "characterisation" / f"planted-r{rank}.json")
+    return file
+
+
+KEYS = [("spectra", "planted"), *(("characterisation", f"planted-r{rank}") for rank in (4, 8))]
+
+
+def test_a_characterisation_is_out_of_date_with_its_spectra(planted_store, capsys, monkeypatch):
+    def states(*arguments):
+        found = stored(capsys, *arguments)
+        return [found.pop(key)[1] == "up to date" for key in KEYS if key in found]
+
+    assert states() == [True, True, True]
+    assert states("planted=hf://planted") == [True, True, True]
+    assert states("planted=hf://another") == [False, True, True]
+    changed = planted()
+    changed.values["k"][5, 6] *= 1.001  # of the values that only the second one uses
+    spectra.save(changed, planted_store)
+    assert states() == [True, True, False]
+    spectra.save(planted(rank=4), planted_store)
+    assert states() == [True, True, False]
+    spectra.save(planted(sha256="other"), planted_store)
+    assert states() == [True, False, False]
+    spectra.save(planted(), planted_store)
+    with monkeypatch.context() as patch:
+        patch.setattr(characterize, "NORMAL_CONFIDENCE", 0.5)
+        assert states() == [True, False, False]
+    planted_store.unlink()
+    assert states() == [False, False]
+    (paths.RESULTS / "characterisation" / "planted-r4.json").write_text("{")
+    assert cli.main(["stored"]) == 1
+    assert "planted-r4.json" in capsys.readouterr().err
+
+
+def test_where_weights_are_from_is_told_as_it_is_when_they_are_read(tmp_path, monkeypatch):
+    file = tmp_path / "folder" / "model.safetensors"
+    file.parent.mkdir()
+    save_file({"a": np.zeros((2, 2))}, file)
+    for model in (file, file.parent, str(file), "smollm2-135m-instruct"):
+        checkpoint = models.resolve(model)
+        given = {"source": checkpoint.source, "sha256": checkpoint.sha256}
+        assert models.are_from(given, model)
+        for other in ("gemma-3-270m", "llama-3-8b", "hf://smollm2-135m-instruct", "a/b", tmp_path):
+            assert not models.are_from(given, other)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    on_hub = {"source": "hub meta-llama/Meta-Llama-3-8B", "revision": commit}
+    for model in ("llama-3-8b", "meta-llama/Meta-Llama-3-8B"):
+        for same in (model, f"hf://{model}", f"hf://{model}@main", f"hf://{model}@{commit[:8]}"):
+            assert models.are_from(on_hub, same)
+        assert not models.are_from(on_hub, f"hf://{model}@{commit[::-1]}")
+    assert not models.are_from({}, "llama-3-8b")
+    assert models.are_from({}, "no-such-model")
+
+
+def test_without_a_checkout_the_remedy_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "CATALOGUE", tmp_path / "models.toml")
+    catalogue.cache_clear()
+    try:
+        with pytest.raises(WdlibError, match=r"models\.toml is not there: .*pip install -e"):
+            models.resolve("hf://organisation/name")
+    finally:
+        catalogue.cache_clear()
 
 
 def test_a_notebook_that_was_given_parameters_is_the_same_each_time():

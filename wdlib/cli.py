@@ -71,18 +71,14 @@ def _models(options: argparse.Namespace) -> None:
 
 
 def _spectra(options: argparse.Namespace) -> None:
-    from concurrent.futures import ProcessPoolExecutor
     from contextlib import nullcontext
-    from multiprocessing import get_context
 
     from wdlib import spectra
 
     chosen = {"types": options.types, "layers": options.layers, "shard": options.shard}
     chosen |= {"device": options.device, "progress": True}
-    pool = nullcontext()
-    if options.workers > 1:
-        pool = ProcessPoolExecutor(options.workers, get_context("spawn"))
-    with pool as executor:
+    spectra.check_file(options.out)
+    with spectra.processes(options.workers) if options.workers > 1 else nullcontext() as executor:
         spectra.compute_to(options.out, options.model, options.rank, executor=executor, **chosen)
 
 
@@ -97,6 +93,24 @@ def _characterise(options: argparse.Namespace) -> None:
 
     found = characterize.characterise(spectra.load(options.spectra, rank=options.rank))
     characterize.save(found, options.out)
+
+
+def _stored(options: argparse.Namespace) -> None:
+    from wdlib import characterize, models, spectra
+
+    sources, held = dict(options.sources), {}
+    for path in sorted(paths.SPECTRA.glob("*.safetensors")):
+        held[path.stem] = found = spectra.load(path)
+        current = models.are_from(found.provenance, sources.get(path.stem, path.stem))
+        print(f"spectra  {path.stem}  {found.rank}  {_STATES[current]}")
+    for path in sorted((paths.RESULTS / "characterisation").glob("*.json")):
+        found = characterize.load(path)
+        there = held.get(path.stem.removesuffix(f"-r{found.rank}"))
+        current = there is not None and characterize.is_of(found, there)
+        print(f"characterisation  {path.stem}  {found.rank}  {_STATES[current]}")
+
+
+_STATES = ("out of date", "up to date")
 
 
 def _fingerprint(options: argparse.Namespace) -> None:
@@ -170,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     spectra.add_argument("--types", **types, help="default: all")
     shard = {"type": _shard, "default": (1, 1), "metavar": "I/N"}
     spectra.add_argument("--shard", **shard, help="the I-th of N equal jobs; then `wdlib merge`")
-    spectra.add_argument("--workers", type=int, default=1, metavar="N", help="processes")
+    spectra.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes")
     spectra.add_argument("--device", default="cpu", help="cpu, cuda or mps, for the product")
 
     merge = commands.add_parser("merge", help="join the spectra of all shards of a model")
@@ -184,6 +198,12 @@ def _parser() -> argparse.ArgumentParser:
     characterise.add_argument("spectra", metavar="SPECTRA", help=stored)
     characterise.add_argument("--rank", type=int, metavar="R", help="default: all that are there")
     characterise.add_argument("--out", type=Path, required=True, metavar="FILE")
+
+    text = "list spectra and characterisations in data/, and what is out of date"
+    stored = commands.add_parser("stored", help=text)
+    stored.set_defaults(command=_stored)
+    where = "where the weights of a model are, if not where the catalogue has them"
+    stored.add_argument("sources", metavar="MODEL=SOURCE", nargs="*", type=_source, help=where)
 
     fingerprint = commands.add_parser("fingerprint", help="both vectors, and what model it may be")
     fingerprint.set_defaults(command=_fingerprint)
@@ -207,7 +227,8 @@ def _layers(text: str) -> tuple[int, ...]:
     found = set()
     for item in text.split(","):
         first, dash, last = item.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        numbers = first.isdigit() and (last.isdigit() or not dash)
+        if not numbers or int(last or first) < int(first):
             raise argparse.ArgumentTypeError(f"write layers as 0-9,20, not {text!r}")
         found |= set(range(int(first), int(last or first) + 1))
     return tuple(sorted(found))
@@ -219,6 +240,20 @@ def _types(text: str) -> tuple[str, ...]:
     if unknown := set(given) - set(TYPES):
         raise argparse.ArgumentTypeError(f"the types are {', '.join(TYPES)}, not {unknown.pop()!r}")
     return tuple(t for t in TYPES if t in given)
+
+
+def _positive(text: str) -> int:
+    if not (text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"write a number from 1, not {text!r}")
+    return int(text)
+
+
+def _source(text: str) -> tuple[str, str]:
+    """Model and source from "model=source"."""
+    model, equals, source = text.partition("=")
+    if not (model and equals and source):
+        raise argparse.ArgumentTypeError(f"write MODEL=SOURCE, not {text!r}")
+    return model, source
 
 
 def _shard(text: str) -> tuple[int, int]:

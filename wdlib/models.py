@@ -16,6 +16,7 @@ import sys
 import tempfile
 import tomllib
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ DEFAULT = "smollm2-135m-instruct"
 
 _FORMATS = (".safetensors", ".gguf")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-]")
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _log = logging.getLogger(__name__)
 
 
@@ -95,6 +97,11 @@ class Checkpoint:
 @cache
 def catalogue() -> dict[str, Model]:
     """The models of data/models.toml by name."""
+    if not paths.CATALOGUE.is_file():
+        raise WdlibError(
+            f"{paths.CATALOGUE} is not there: wdlib runs from a checkout of its project, which "
+            "`pip install -e .` installs."
+        )
     with paths.CATALOGUE.open("rb") as file:
         rows = tomllib.load(file)
     return {name: _model(name, row) for name, row in rows.items()}
@@ -166,6 +173,31 @@ def identity(checkpoint: Checkpoint) -> str:
             seen = file.stat()
             lines.append(f"{file.name} {seen.st_size} {seen.st_mtime_ns}\n")
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def are_from(provenance: Mapping[str, str], model: str | Path) -> bool:
+    """Whether results can be of a model's weights, by names alone: nothing is fetched or read.
+
+    provenance: with the `source`, `sha256` and `revision` of the `Checkpoint` that they are from.
+    What the catalogue knows the sha256 of is compared by it; the rest by where it is from, a folder
+    by its name, and by the commit if one is asked for. A model that is not found contradicts
+    nothing.
+    """
+    text = str(model)
+    name, _, revision = text.removeprefix(remote.PREFIX).partition("@")
+    on_hub = text.startswith(remote.PREFIX)
+    known, path = catalogue().get(name if on_hub else text), Path(model).expanduser()
+    if known and not on_hub and known.sources[0].sha256:
+        return provenance.get("sha256") == known.sources[0].sha256
+    if known or on_hub or (not path.exists() and _HUB_ID.fullmatch(text)):
+        source = f"hub {known.hub_id if known else name}"
+    elif path.exists():
+        source = f"folder {path.resolve().name}" if path.is_dir() else f"file {path.name}"
+    else:
+        return True
+    commit = revision if on_hub and _COMMIT.fullmatch(revision) else ""
+    is_there = provenance.get("revision", "").startswith(commit)
+    return provenance.get("source") == source and is_there
 
 
 def _sha256(path: Path | RemoteFile) -> str:

@@ -153,12 +153,12 @@ def refusal(repository: str, error: Exception) -> WdlibError | None:
     if isinstance(error, errors.GatedRepoError):
         return WdlibError(
             f"The hub does not give out {repository} without permission: accept the licence on "
-            f"{constants.ENDPOINT}/{repository} and log in with `hf auth login`."
+            f"{constants.ENDPOINT}/{repository} and log in with `hf auth login`, or set HF_TOKEN."
         )
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
         return WdlibError(
             f"The hub has no model {repository}, or shows it only to some: check the spelling, or "
-            "log in with `hf auth login` if it is private."
+            "log in with `hf auth login` (or set HF_TOKEN) if it is private."
         )
     return None
 
@@ -183,8 +183,8 @@ class _Attempts:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         if final or isinstance(error, errors.OfflineModeIsEnabled):
             raise WdlibError(
-                f"{self.what} cannot be read from the hub ({reason}): check the name, the revision "
-                "and the network."
+                f"{self.what} cannot be read from the hub ({reason}): check the name, the "
+                "revision, the token and the network."
             ) from error
         if self.failures >= self.patience.attempts:
             raise WdlibError(

@@ -16,13 +16,24 @@ names no algorithm):
 
 import json
 import logging
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
+from concurrent.futures import (
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+)
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import partial
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -64,6 +75,7 @@ IN_FLIGHT = 4
 DEVICES = ("cpu", "cuda", "mps")
 """Where the float32 product can be made. On the CPU it is BLAS's, elsewhere torch's."""
 
+_SUFFIX = ".safetensors"
 _log = logging.getLogger(__name__)
 
 
@@ -199,12 +211,34 @@ def compute_to(
 
     options: of `compute`, `journal` apart. A call that was killed goes on when it is made again;
     `created` in the provenance is the day of the first of them.
+
+    Raises WdlibError as `compute` and `check_file` do.
     """
-    journal = Path(f"{path}.unfinished")
+    check_file(path)
+    journal = _journal(path)
     spectra = compute(model, rank, journal=journal, **options)
     save(spectra, path)
     journal.unlink(missing_ok=True)  # another process may have finished the same
     return spectra
+
+
+def _journal(path: str | Path) -> Path:
+    return Path(f"{path}.unfinished")
+
+
+def processes(number: int) -> ProcessPoolExecutor:
+    """An executor for `compute`: so many processes, which end with this one however it ends."""
+    return ProcessPoolExecutor(number, get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """In a worker: end when its parent has, which a killed parent cannot see to."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def merge(shards: Sequence[Spectra]) -> Spectra:
@@ -215,21 +249,25 @@ def merge(shards: Sequence[Spectra]) -> Spectra:
     Raises WdlibError if a shard is missing or double, or is from another job or other weights.
     """
     numbers = [s.provenance.get("shard", "") for s in shards]
-    whole = {f"{i + 1} of {len(shards)}" for i in range(len(shards))}
-    if not shards or set(numbers) != whole:
+    of = numbers[0].rpartition(" ")[2] if shards else ""
+    whole = [f"{i + 1} of {of}" for i in range(int(of or 0))]
+    if not whole or sorted(numbers) != sorted(whole):
         given = ", ".join(n or "none" for n in numbers)
+        lacking = ", ".join(n for n in whole if n not in numbers)
+        want = f", for want of {lacking}" if lacking else ""
         raise WdlibError(
-            f"the shards given ({given}) make no whole: give each of them once, from 1 of n to n "
-            "of n."
+            f"the shards given ({given}) make no whole{want}: give each of them once, from 1 of n "
+            "to n of n."
         )
     first = shards[0]
     for other in shards[1:]:
         for key in ("model", *dict.fromkeys([*first.provenance, *other.provenance])):
             one, two = ({"model": s.model, **s.provenance}.get(key) for s in (first, other))
             if key not in _OWN and one != two:
+                names = first.provenance["shard"], other.provenance["shard"]
                 raise WdlibError(
-                    f"the shards are not of one job: {key} is {one!r} in one and {two!r} in "
-                    "another; compute them anew with the same weights and options."
+                    f"the shards are not of one job: {key} is {one!r} in {names[0]} and {two!r} in "
+                    f"{names[1]}; compute them anew with the same weights and options."
                 )
     values, error, rows = {}, {}, {}
     for t in TYPES:
@@ -300,9 +338,13 @@ def _shard(parts: list[weights.Part], job: Job) -> list[weights.Part]:
             f"there is no shard {i} of {n} of {len(parts)} matrices: ask for one from 1 of n to n "
             f"of n, with n no more than {len(parts)}."
         )
-    cost = [min(p.entry.shape) * np.prod(p.entry.shape, dtype=float) for p in parts]
-    dealt = sorted(range(len(parts)), key=lambda k: -cost[k])[i - 1 :: n]
+    dealt = sorted(range(len(parts)), key=lambda k: -_cost(parts[k]))[i - 1 :: n]
     return [parts[k] for k in sorted(dealt)]
+
+
+def _cost(part: weights.Part) -> float:
+    """Of a matrix, by its product; for comparison."""
+    return min(part.entry.shape) * np.prod(part.entry.shape, dtype=float)
 
 
 def _all(
@@ -312,33 +354,50 @@ def _all(
     missing = [p for p in parts if _key(p) not in kept.found]
     if executor is None:
         # A stream reads the next matrix while one is computed.
-        results = _mapped(partial(_of_projection, job), weights.stream(missing), None, job)
-        results = (result for _, result in results)
+        results = map(partial(_of_projection, job), weights.stream(missing))
+        results = zip(missing, (result for _, result in results), strict=True)
     else:
-        results = _mapped(partial(_of_part, job), missing, executor, job, len(missing))
+        results = _as_finished(missing, job, executor)
     with threadpool_limits(job.threads, "blas"), bar:
-        for part, result in zip(missing, results, strict=True):
+        for part, result in results:
             kept.add(part, result)
             bar.set_postfix_str(f"{len(kept.found)} of {len(parts)} matrices", refresh=False)
             bar.update(part.stored)
     return [(p, kept.found[_key(p)]) for p in parts]
 
 
-def _mapped(
-    function: Callable, items: Iterable, executor: Executor | None, job: Job, ahead: int = IN_FLIGHT
-) -> Iterator:
-    """`map`, done by an executor if there is one: in order, `ahead` items handed out at most."""
+def _as_finished(
+    parts: list[weights.Part], job: Job, executor: Executor
+) -> Iterator[tuple[weights.Part, SingularValues]]:
+    """Parts with their singular values, the first finished first; the costliest is begun first."""
+    waiting = {}
+    with _cancelling(waiting):
+        for part in sorted(parts, key=_cost, reverse=True):
+            waiting[executor.submit(_limited, partial(_of_part, job), job.threads, part)] = part
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+
+
+def _mapped(function: Callable, items: Iterable, executor: Executor | None, job: Job) -> Iterator:
+    """`map`, done by an executor if there is one: in order, IN_FLIGHT items handed out at most."""
     if executor is None:
         yield from map(function, items)
         return
     waiting = deque()
-    try:
+    with _cancelling(waiting):
         for item in items:
             waiting.append(executor.submit(_limited, function, job.threads, item))
-            if len(waiting) == ahead:
+            if len(waiting) == IN_FLIGHT:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+@contextmanager
+def _cancelling(waiting: Iterable[Future]) -> Iterator[None]:
+    """Cancels what is left at the end. Raises WdlibError where an executor is broken."""
+    try:
+        yield
     except BrokenExecutor as error:
         raise WdlibError(
             f"a worker died ({error}), perhaps for want of memory: each needs three times the "
@@ -480,8 +539,10 @@ def save(spectra: Spectra, path: str | Path) -> Path:
     One float64 tensor per type, `q` to `down`, of shape (layers, r), and its error bounds under
     `q.error` to `down.error`; in mixture-of-experts models also `q.rows` ..., int64 (rows, 2): the
     layer and expert (-1 for none) of each row. The metadata hold model and provenance as JSON.
+
+    Raises WdlibError as `check_file` does.
     """
-    path = Path(path)
+    path = check_file(path)
     tensors = {}
     for t, v in spectra.values.items():
         tensors[t] = np.ascontiguousarray(v)
@@ -495,12 +556,28 @@ def save(spectra: Spectra, path: str | Path) -> Path:
     return path
 
 
+def check_file(path: str | Path) -> Path:
+    """The path, for a file that spectra are to be written to.
+
+    Raises WdlibError for a folder, and for another suffix than the one that `load` knows.
+    """
+    path = Path(path)
+    if path.suffix != _SUFFIX or path.is_dir():
+        raise WdlibError(f"{path} cannot hold spectra: name a file that ends in {_SUFFIX}.")
+    return path
+
+
 def load(model: str | Path, *, rank: int | None = None) -> Spectra:
     """Read spectra back, by the name of a model in data/spectra or by path; truncated to `rank`.
 
     Raises WdlibError if there is no such file, it is damaged, or it holds fewer values.
     """
-    path = Path(model) if Path(model).suffix == ".safetensors" else stored(str(model))
+    path = Path(model) if Path(model).suffix == _SUFFIX else stored(str(model))
+    if not path.is_file() and path == Path(model):
+        reason = "its job is unfinished" if _journal(path).is_file() else "there is no such file"
+        raise WdlibError(
+            f"{path} holds no spectra ({reason}): run `wdlib spectra MODEL --out {path}`."
+        )
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in paths.SPECTRA.glob("*.safetensors")))
         raise WdlibError(

@@ -25,49 +25,52 @@ LAYERS = 3
 HIDDEN, INTERMEDIATE, KEYS = 8192, 28672, 1024
 RANK = 16
 TYPES = ("k", "gate", "down")
-SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KEYS, HIDDEN),
-    "self_attn.v_proj": (KEYS, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
 LARGEST = 4 * HIDDEN * INTERMEDIATE
 ALLOWED = 3 * LARGEST + 400 * 10**6
 
 
-def write_shard(path: Path, names: list[str], rng: np.random.Generator) -> None:
+def shapes(hidden: int, intermediate: int, keys: int) -> dict[str, tuple[int, int]]:
+    """The matrices of a layer of a Llama."""
+    return {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+
+
+def write_shard(path: Path, tensors: dict[str, tuple[int, int]], rng: np.random.Generator) -> None:
     """A safetensors file of normal values in bfloat16, some rows in memory at a time."""
     header, offset = {}, 0
-    for name in names:
-        shape = SHAPES[name.split(".", 3)[3].removesuffix(".weight")]
+    for name, shape in tensors.items():
         size = 2 * shape[0] * shape[1]
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for item in header.values():
-            rows, columns = item["shape"]
+        for rows, columns in tensors.values():
             for first in range(0, rows, 512):
                 values = rng.standard_normal((min(512, rows - first), columns), dtype=np.float32)
                 values *= np.float32(0.02)
                 file.write((values.view("<u4") >> 16).astype("<u2").tobytes())
 
 
-def write_checkpoint(folder: Path) -> None:
-    """The checkpoint: a shard per layer, an index and a configuration."""
+def write_checkpoint(folder: Path, layers: int, shapes: dict[str, tuple[int, int]]) -> None:
+    """A checkpoint of a Llama: a shard per layer, an index and a configuration."""
+    folder.mkdir()
     rng, weight_map = np.random.default_rng(0), {}
-    for layer in range(LAYERS):
-        names = [f"model.layers.{layer}.{module}.weight" for module in SHAPES]
-        shard = f"model-{layer + 1:05d}-of-{LAYERS:05d}.safetensors"
-        write_shard(folder / shard, names, rng)
-        weight_map |= dict.fromkeys(names, shard)
+    for layer in range(layers):
+        tensors = {f"model.layers.{layer}.{module}.weight": s for module, s in shapes.items()}
+        shard = f"model-{layer + 1:05d}-of-{layers:05d}.safetensors"
+        write_shard(folder / shard, tensors, rng)
+        weight_map |= dict.fromkeys(tensors, shard)
     index = json.dumps({"metadata": {}, "weight_map": weight_map})
     (folder / "model.safetensors.index.json").write_text(index)
-    config = {"model_type": "llama", "num_hidden_layers": LAYERS, "num_attention_heads": 64}
+    config = {"model_type": "llama", "num_hidden_layers": layers, "num_attention_heads": 64}
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -95,8 +98,7 @@ def main() -> None:
     rows, used = [], 0
     with tempfile.TemporaryDirectory() as temporary:
         folder, out = Path(temporary) / "synthetic", Path(temporary) / "out.safetensors"
-        folder.mkdir()
-        write_checkpoint(folder)
+        write_checkpoint(folder, LAYERS, shapes(HIDDEN, INTERMEDIATE, KEYS))
         journal = Path(f"{out}.unfinished")
         command = [sys.executable, "-m", "wdlib.cli", "spectra", str(folder)]
         command += ["--types", ",".join(TYPES), "--rank", str(RANK), "--out", str(out)]
