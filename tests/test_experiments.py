@@ -1,15 +1,28 @@
 import json
 import logging
+import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 from peft import PeftModel
 from test_training import REFERENCE, home  # noqa: F401 (a fixture)
 
-from wdlib import WdlibError, evaluation, experiments, paths, pretrained, training
+from wdlib import (
+    TYPES,
+    WdlibError,
+    evaluation,
+    experiments,
+    fingerprints,
+    paths,
+    pretrained,
+    training,
+)
 from wdlib.evaluation import Evaluation, Protocol, Scores
 from wdlib.experiments import BEGUN, EXTENDABLE, FINISHED, LACKING, TO_DO
+from wdlib.training import Run
 
 GPQA, ARC, HELLASWAG = "gpqa_diamond_zeroshot", "arc_challenge", "hellaswag"
 
@@ -116,6 +129,7 @@ def test_the_cells_go_by_tier_then_seed(grid):
         ("limit: {arc_challenge: 3}", "dtype: int8", "no dtype 'int8'"),
         ("limit: {arc_challenge: 3}", "order: 4", "order"),
         ("seeds: [1, 2]", "seeds: [1, 2", "no grid of experiments"),
+        ("    seeds: [1, 2]", "    seeds: [1, 2]\n    fingerprnt: true", "first has 'fingerprnt'"),
     ],
 )
 def test_a_grid_with_a_mistake_is_refused(grid, old, new, message):
@@ -236,6 +250,116 @@ def test_damaged_results_are_named(grid, places, do_all, asked):
         experiments.load(cell.run, results=places["results"])
 
 
+@pytest.fixture
+def fingerprinted(grid, tmp_path, monkeypatch):
+    """The grid with fingerprints in its second tier, and no task there; and quick clusters."""
+    monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(fingerprints, "cluster", partial(fingerprints.cluster, starts=5))
+    text = grid.read_text().replace("{tasks: [arc_challenge, hellaswag]}", "{tasks: []}")
+    text = text.replace("  second:\n", "  second:\n    fingerprint: true\n")
+    grid.write_text(text.replace("      - {init: default}\n", "      - {init: untrained}\n"))
+
+
+def fingerprint_file(cell, places):
+    return places["results"] / f"{cell.run.key}.fingerprint.json"
+
+
+def weights_of(model):
+    return {name: p.detach().numpy() for name, p in model.named_parameters() if "_proj" in name}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft 0.21
+@pytest.mark.usefixtures("fingerprinted")
+def test_a_fingerprint_is_that_of_the_merged_model(grid, places, do_all, asked):
+    untrained, trained = experiments.chosen(grid, only="second")
+    do_all("second")
+    assert not asked, "there was no task"
+    assert states(grid, places, "second") == [FINISHED] * 2
+    before, after = (
+        experiments.load(c.run, results=places["results"]) for c in (untrained, trained)
+    )
+    assert after.evaluation.scores == {}
+    assert len(after.report["curve"]) == 2
+    adapter = places["work"] / trained.run.key / "adapter"
+    base = weights_of(pretrained.load(trained.run.model).model)
+    merged = PeftModel.from_pretrained(pretrained.load(trained.run.model).model, adapter)
+    merged = weights_of(merged.merge_and_unload())
+    assert max(np.abs(merged[name] - base[name]).max() for name in base) > 1e-4
+    for stored, expected in ((before, base), (after, merged)):
+        found = stored.fingerprint
+        assert found.model == stored.report["key"]
+        for layer, name in enumerate(n for n in expected if "up_proj" in n):
+            if stored is after:
+                added = np.linalg.norm(expected[name] - base[name]) / np.linalg.norm(base[name])
+                assert_allclose(after.update["up"][layer], added, rtol=1e-3)
+            exact = np.linalg.svd(expected[name].astype(np.float64), compute_uv=False)[:16]
+            assert_allclose(found.singular_values["up"][layer], exact, rtol=5e-7)
+            deviation = expected[name].astype(np.float64).std()
+            assert_allclose(found.moments["up"][layer].deviation, deviation, rtol=1e-12)
+    assert after.fingerprint.provenance["adapter"] == after.report["hashes"]["adapter"]
+    assert after.fingerprint.provenance["sha256"] == after.report["hashes"]["model"]
+    assert "adapter" not in before.fingerprint.provenance
+    assert before.update == {}
+    assert tuple(after.update) == TYPES
+    assert not list(places["work"].glob("*/tmp*")), "the merged weights are gone"
+
+
+@pytest.mark.usefixtures("fingerprinted")
+def test_only_a_missing_fingerprint_is_measured(grid, places, do_all, asked, monkeypatch):
+    do_all("second")
+    files = [fingerprint_file(c, places) for c in experiments.chosen(grid, only="second")]
+    first = [path.read_bytes() for path in files]
+    others = [p for p in places["results"].iterdir() if not p.name.endswith(".fingerprint.json")]
+    assert len(others) == 4
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in others}
+    # With the adapter in the cache nothing is trained; without it, the same adapter is made again.
+    for in_cache in (True, False):
+        for path in files:
+            path.unlink()
+        assert states(grid, places, "second") == [EXTENDABLE] * 2
+        with monkeypatch.context() as patch:
+            if in_cache:
+                patch.setattr(training, "_fit", None)
+            else:
+                shutil.rmtree(places["work"])
+            do_all("second")
+        assert states(grid, places, "second") == [FINISHED] * 2
+        assert [path.read_bytes() for path in files] == first
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in others} == before
+    assert not asked
+
+
+@pytest.mark.usefixtures("fingerprinted")
+def test_the_fingerprint_of_another_adapter_is_void(grid, places, do_all, asked):
+    cell = experiments.chosen(grid, only="second")[1]
+    do_all(cell.run.key)
+    path = fingerprint_file(cell, places)
+    right = path.read_bytes()
+    found = fingerprints.load(path)
+    wrong = replace(found, provenance={**found.provenance, "adapter": "0" * 64})
+    fingerprints.save(wrong, path)
+    assert experiments.load(cell.run, results=places["results"]).fingerprint is None
+    assert experiments.state(cell, **places) == EXTENDABLE
+    do_all(cell.run.key)
+    assert path.read_bytes() == right
+    path.write_text("{")
+    with pytest.raises(WdlibError, match=r"fingerprint.json does not hold a fingerprint"):
+        experiments.state(cell, **places)
+
+
+@pytest.mark.usefixtures("fingerprinted")
+def test_a_tier_without_tasks_leaves_evaluations_alone(grid, places, do_all, asked):
+    in_bfloat16 = grid.read_text().replace("limit: {arc", "dtype: bfloat16, limit: {arc")
+    grid.write_text(in_bfloat16)
+    untrained = experiments.cells(grid)[0]
+    do_all(untrained.run.key)
+    stored = experiments.load(untrained.run, results=places["results"])
+    assert stored.fingerprint is not None
+    assert stored.evaluation.protocol == untrained.protocol
+    assert len(asked) == 1
+    assert do_all(untrained.run.key) == ["was finished"] * 2
+
+
 def test_evaluations_join_task_by_task():
     known = evaluated(Protocol(tasks=(GPQA, ARC), limit={ARC: 5}, orders=4), 1.0)
     new = evaluated(Protocol(tasks=(ARC, HELLASWAG), limit={HELLASWAG: 7}, orders=8), 2.0)
@@ -254,6 +378,9 @@ def test_the_grid_of_the_project():
     first = [c for c in found if c.tier == "tier1"]
     assert len(first) == 16
     assert [c.run.init for c in first[:4]] == ["untrained", "default", "literal", "preserved"]
+    assert {c.tier for c in found if c.fingerprint} == {"tier1", "data"}
+    by_data = [(c.run.data, c.run.seed) for c in found if c.tier == "data"]
+    assert by_data == [(data, seed) for seed in (3407, 1, 2) for data in training.DATA]
     references = {c.run.characterisation() for c in found} - {None}
     assert all(path.is_file() for path in references)
 
@@ -270,3 +397,74 @@ def test_the_papers_scale_passes_a_dry_run(tmp_path):
 
     named = {c.run.model for c in found} | {c.run.reference for c in found} - {None}
     assert named <= set(catalogue())
+
+
+# What finished cells say -------------------------------------------------------------------------
+
+
+def stored(right, *, losses=(3.0, 5.0), tokens=(1, 3)):
+    """A cell whose ARC answers are right where the list says so."""
+    values = np.full((len(right), 1, 4), -2.0, np.float32)
+    values[np.arange(len(right)), 0, np.where(right, 0, 3)] = -1.0
+    arc = replace(scores(len(right)), loglikelihood=values)
+    after = {"sums": list(losses), "tokens": list(tokens)}
+    evaluated = Evaluation(Protocol((ARC,)), {ARC: arc}, {})
+    return experiments.Stored({"held_out": {"after": after}}, evaluated)
+
+
+LITERAL = {"init": "literal", "reference": "qwen2.5-coder-0.5b-instruct"}
+
+
+def test_a_variant_is_what_differs_beside_seed_model_and_data():
+    assert Run().variant == Run(seed=1, data="math", model="other").variant == "default"
+    assert Run(**LITERAL).variant == "literal qwen2.5-coder-0.5b-instruct"
+    h = training.Hyperparameters(learning_rate=6e-4, rank=64)
+    varied = Run(**LITERAL, b_scale=0.3, hyperparameters=h)
+    assert varied.variant == "literal qwen2.5-coder-0.5b-instruct lr0.0006 r64 b0.3"
+
+
+def test_a_measure_is_the_mean_of_its_items():
+    cell = stored([True, False, True, True])
+    assert experiments.scores(cell, "ARC").tolist() == [1, 0, 1, 1]
+    assert experiments.scores(cell, "HellaSwag") is None
+    assert experiments.scores(cell, experiments.LOSS).mean() == pytest.approx(8 / 4)  # per token
+    shown = np.zeros((3, 4, 4), np.float32)
+    shown[..., 0] = 1  # always "A"
+    cyclic = evaluation.option_orders(4)
+    gpqa = replace(scores(3), loglikelihood=shown, orders=cyclic, gold=np.array([0, 0, 2], np.int8))
+    cell = replace(cell, evaluation=Evaluation(Protocol((GPQA,)), {GPQA: gpqa}, {}))
+    assert experiments.scores(cell, "GPQA").tolist() == [1, 1, 0]
+    assert experiments.scores(cell, "GPQA, orders").tolist() == [0.25] * 3
+    assert set(experiments.MEASURES) >= {"GPQA, debiased", "ARC, norm", "HellaSwag, norm"}
+
+
+def test_runs_pair_by_seed_and_item():
+    found = {
+        Run(init="untrained"): stored([True] * 5),
+        Run(seed=7): stored([False, True, True, True]),
+        Run(seed=2): stored([True, True, False, True]),
+        Run(**LITERAL, seed=2): stored([False] * 3),  # of fewer items
+        Run(**LITERAL, seed=9): stored([True] * 4),
+    }
+    literal = Run(**LITERAL).variant
+    assert experiments.measured(found, "default", "ARC").tolist() == [[1, 1, 0, 1], [0, 1, 1, 1]]
+    assert experiments.measured(found, literal, "ARC").tolist() == [[0, 0, 0], [1, 1, 1]]
+    first, second = experiments.paired(found, literal, "default", "ARC")
+    assert (first.tolist(), second.tolist()) == ([[0, 0, 0]], [[1, 1, 0]])  # seed 2, three items
+    first, second = experiments.paired(found, "default", "untrained", "ARC")
+    assert first.tolist() == [[1, 1, 0, 1], [0, 1, 1, 1]]
+    assert second.tolist() == [[1, 1, 1, 1]]
+    assert experiments.paired(found, "default", "pissa", "ARC") is None
+    assert experiments.measured(found, "default", "GPQA") is None
+    del found[Run(seed=2)]
+    assert experiments.paired(found, literal, "default", "ARC") is None  # no seed in common
+
+
+@pytest.mark.usefixtures("asked")
+def test_finished_cells_are_found_by_their_run(grid, places, do_all):
+    every = experiments.cells(grid)
+    assert experiments.finished(every, results=places["results"]) == {}
+    do_all(every[1].run.key)
+    found = experiments.finished(every, results=places["results"])
+    assert list(found) == [every[1].run]
+    assert found[every[1].run].report["key"] == every[1].run.key

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from wdlib import fits, models, paper, paths, plots
+from wdlib import TYPES, fits, models, paper, paths, plots
 
 DRAW = """
 import sys
@@ -111,3 +111,209 @@ def test_intervals_show_the_quantiles_of_the_draws():
     assert len(bars) == 3
     for bar in bars:
         np.testing.assert_allclose(bar, [1.025, 1.975])
+
+
+def test_agreement_marks_the_correlations_above_what_renamed_types_give():
+    data = pd.DataFrame(
+        {
+            "pair": ["a, b", "a, c", "b, c"],
+            "correlation": [0.8, 0.1, np.nan],
+            "low": [-0.4, -0.3, np.nan],
+            "high": [0.5, 0.2, np.nan],
+        }
+    )
+    _, ax = plt.subplots()
+    assert plots.agreement(data, ax) is ax
+    chance = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in ax.patches]
+    np.testing.assert_allclose(chance, data[["low", "high"]])
+    points = {line.get_color(): line.get_xydata() for line in ax.lines if line.get_marker() == "o"}
+    np.testing.assert_array_equal(points[plots.ACCENT], [[0.8, 0]])
+    np.testing.assert_array_equal(points[plots.INK], [[0.1, 1], [np.nan, 2]])
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(data.pair)
+    low, high = ax.get_ylim()
+    assert low > high  # the first pair stands at the top
+
+
+def test_medians_by_type_leave_a_gap_where_a_type_is_absent():
+    kinds = [t for t in TYPES if t != "gate"]
+    data = pd.DataFrame(
+        [(m, t, s * (i + 1), s / (i + 1))
+         for m, s, types in (("full", 1.0, TYPES), ("encoder", 10.0, kinds))
+         for i, t in enumerate(types[::-1])],  # in any order
+        columns=["model", "type", "median", "null"],
+    )  # fmt: skip
+    _, ax = plt.subplots()
+    assert plots.medians_by_type(data, ax) is ax
+    lines = {line.get_label(): line for line in ax.lines[::2]}
+    assert list(lines) == ["full", "encoder"]
+    for (model, line), null in zip(lines.items(), ax.lines[1::2], strict=True):
+        rows = data[data.model == model].set_index("type").reindex(TYPES)
+        np.testing.assert_array_equal(line.get_ydata(), rows["median"])
+        np.testing.assert_array_equal(null.get_ydata(), rows.null)
+        assert null.get_color() == line.get_color()
+        np.testing.assert_array_equal(np.rint(line.get_xdata()), range(len(TYPES)))
+    assert np.isnan(lines["encoder"].get_ydata()[TYPES.index("gate")])
+    assert lines["full"].get_xdata()[0] < lines["encoder"].get_xdata()[0]  # side by side
+    assert [label.get_text() for label in ax.get_xticklabels()] == list(TYPES)
+    assert ax.get_yscale() == "log"
+
+
+# Notebook 08 -------------------------------------------------------------------------------------
+
+
+def test_training_curves_show_each_seed_and_their_mean():
+    data = pd.DataFrame(
+        [(v, s, t, t * s) for v, seeds in (("default", (1, 3)), ("literal q", (2,)))
+         for s in seeds for t in (1, 2, 3)],
+        columns=["variant", "seed", "step", "loss"],
+    )  # fmt: skip
+    _, ax = plt.subplots()
+    plots.training_curves(data, ax, "loss")
+    drawn = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
+    np.testing.assert_allclose(drawn["default"].get_ydata(), [2, 4, 6])
+    np.testing.assert_allclose(drawn["literal q"].get_ydata(), [2, 4, 6])
+    assert drawn["literal q"].get_color() == plots.START_COLORS["literal"]
+    assert len(ax.lines) == 4  # two means, and the two seeds of the one that has several
+
+
+def test_a_variant_has_the_colour_of_its_initialisation():
+    assert plots.start_color("literal ← x lr3") == plots.start_color("literal")
+    assert plots.start_color("gaussian") not in plots.START_COLORS.values()
+
+
+def test_every_seed_is_a_point_and_the_bar_is_their_mean():
+    data = pd.DataFrame({"variant": ["b", "b", "a"], "value": [1.0, 3.0, 5.0]})
+    _, ax = plt.subplots()
+    plots.by_variant(data, ax)
+    points = [line.get_xdata().tolist() for line in ax.lines if line.get_marker() == "o"]
+    bars = [line.get_xdata()[0] for line in ax.lines[1:-1:2]]
+    assert (points, bars) == ([[1, 3], [5]], [2, 5])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"]
+
+
+def test_a_forest_fills_only_what_stands_after_correction():
+    data = pd.DataFrame(
+        {
+            "variant": ["literal", "pissa"],
+            "estimate": [0.1, 0.2],
+            "low": [0.0, 0.1],
+            "high": [0.3, 0.4],
+            "holm": [0.2, 0.01],
+        }
+    )
+    _, ax = plt.subplots()
+    plots.forest(data, ax)
+    spans, points = ax.lines[0:4:2], ax.lines[1:4:2]
+    assert [list(line.get_xdata()) for line in spans] == [[0.0, 0.3], [0.1, 0.4]]
+    assert [line.get_xdata()[0] for line in points] == [0.1, 0.2]
+    assert [line.get_markerfacecolor() for line in points] == ["white", plots.start_color("pissa")]
+
+
+def test_letter_shares_add_up():
+    data = pd.DataFrame({"label": ["x"], "A": [0.1], "B": [0.2], "C": [0.3], "D": [0.4]})
+    _, ax = plt.subplots()
+    plots.letter_shares(data, ax)
+    np.testing.assert_allclose([bar.get_x() for bar in ax.patches], [0, 0.1, 0.3, 0.6])
+    np.testing.assert_allclose([bar.get_width() for bar in ax.patches], data.iloc[0, 1:].tolist())
+
+
+def test_letters_alone_lie_on_the_diagonal_if_nothing_else_counts():
+    data = pd.DataFrame(
+        {"variant": ["default"] * 2, "expected": [0.2, 0.3], "observed": [0.1, 0.4]}
+    )
+    _, ax = plt.subplots()
+    plots.letters_alone(data, ax)
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), data.observed)
+    np.testing.assert_array_equal(ax.lines[1].get_xydata(), [[0.2, 0.2], [0.3, 0.3]])
+
+
+def test_the_chance_of_a_gap_is_drawn_for_each_design():
+    data = pd.DataFrame({"label": ["a", "a", "b"], "items": [1, 2, 1], "chance": [0.5, 0.1, 0.2]})
+    _, ax = plt.subplots()
+    plots.chance_of_gap(data, 13, ax)
+    assert [line.get_label() for line in ax.lines[:2]] == ["a", "b"]
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [0.5, 0.1])
+    assert ax.lines[2].get_xdata()[0] == 13
+
+
+# Notebook 11 -------------------------------------------------------------------------------------
+
+
+def test_strips_stand_in_rows_with_zero_at_the_left_edge():
+    data = pd.DataFrame(
+        [("one", "after", "a", 1e-3), ("one", "after", "b", 1e-2), ("one", "rounding", "Q8", 1e-4),
+         ("two", "after", "a", 0), ("two", "rounding", "Q8", 0), ("two", "rounding", "Q4", 0)],
+        columns=["heading", "row", "case", "distance"],
+    )  # fmt: skip
+    colors = plots.data_colors(["a", "b", "a"])
+    _, ax = plt.subplots()
+    assert plots.strips(data, colors, ax) is ax
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [line.get_color() for line in dots] == [colors["a"], colors["b"], colors["a"]]
+    x = [line.get_xdata().tolist() for line in dots]
+    assert x[:2] == [[1e-3], [1e-2]]
+    zero = x[2][0]
+    assert ax.get_xlim()[0] < zero < 1e-4
+    ticks = dict(zip(ax.get_xticks(), (t.get_text() for t in ax.get_xticklabels()), strict=True))
+    assert ticks[zero] == "0"
+    assert ticks[1.0] == "$10^{0}$"
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["after", "rounding"] * 2
+    heights = [line.get_ydata()[0] for line in dots]
+    assert heights[0] < heights[1] < heights[2] < ax.get_ylim()[0]
+    assert np.mean(heights[:2]) == ax.get_yticks()[0]
+    assert {t.get_text() for t in ax.texts} == {"one", "two", "Q8", "Q8, Q4"}
+    marks = [line.get_xdata() for line in ax.lines if line.get_marker() == "|"]
+    np.testing.assert_allclose(marks, [[1e-4], [zero]])
+
+
+def test_points_by_type_stand_beside_each_other_over_their_type():
+    data = pd.DataFrame(
+        {"type": ["k", "down", "k"], "data": ["a", "a", "b"], "change": [1.0, 2.0, 3.0]}
+    )
+    _, ax = plt.subplots()
+    assert plots.points_by_type(data, plots.data_colors("ab"), "change", ax) is ax
+    first, second = (line for line in ax.lines if line.get_marker() == "o")
+    np.testing.assert_array_equal(np.rint(first.get_xdata()), [TYPES.index("k"), len(TYPES) - 1])
+    assert first.get_xdata()[0] < second.get_xdata()[0]
+    np.testing.assert_array_equal(second.get_ydata(), [3])
+    assert [label.get_text() for label in ax.get_xticklabels()] == list(TYPES)
+
+
+def test_frames_go_round_the_matrices_of_a_cluster_map():
+    data = pd.DataFrame({"type": ["k", "down"], "layer": [2, 0]})
+    _, ax = plt.subplots()
+    assert plots.frame(data, ax) is ax
+    middles = [(box.get_x() + 0.5, box.get_y() + 0.5) for box in ax.patches]
+    assert middles == [(TYPES.index("k"), 2), (TYPES.index("down"), 0)]
+    plots.frame(data.head(0), ax)
+    assert len(ax.patches) == 2
+
+
+def test_movement_is_drawn_against_the_border_and_against_the_update():
+    data = pd.DataFrame(
+        {"type": ["q", "v"], "margin": [0.1, 0.2], "moved": [0.01, 0.5], "update": [0.001, 0.02]}
+    )
+    _, (left, right) = plt.subplots(1, 2)
+    plots.against_border(data, left)
+    diagonal = left.lines[-1].get_xydata()
+    np.testing.assert_array_equal(diagonal, [[0.01, 0.01], [0.5, 0.5]])
+    for ax in (left, plots.against_update(data, "moved", right)):
+        drawn = {line.get_label(): line.get_xydata().tolist() for line in ax.lines[: len(TYPES)]}
+        assert drawn["v"] == [[0.2 if ax is left else 0.02, 0.5]]
+        assert drawn["k"] == []
+    plots.against_update(data.assign(moved=[0.0, 0.5]), "moved", right)
+    assert len(right.lines[len(TYPES)].get_xdata()) == 0  # zero has no place on a log axis
+    assert right.xaxis.get_major_formatter()(0.005, 0) == "0.5 %"
+
+
+def test_a_matrix_of_runs_is_divided_by_data():
+    table = np.arange(16.0).reshape(4, 4)
+    _, ax = plt.subplots()
+    assert plots.runs_matrix(table, ["a", "a", "a", "b"], ax) is ax
+    shown = ax.images[0].get_array()
+    assert np.isnan(shown.filled(np.nan).diagonal()).all()
+    assert shown[1, 2] == table[1, 2]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b"]
+    assert ax.get_xticks().tolist() == [1, 3]
+    assert ax.lines[0].get_ydata()[0] == 2.5
+    plots.runs_matrix(np.zeros((1, 1)), ["a"], plt.subplots()[1])

@@ -2,23 +2,45 @@
 
 A grid is one YAML file (data/experiments/grid.yaml). Its cells are done in order; what is finished
 stays finished, and what was stopped goes on. Adapters and checkpoints stay in the cache; a cell's
-results are two small files under data/results/experiments: <key>.json, what training reports, and
-<key>.npz, the evaluation. Several processes may work on one grid: a cell is locked while one of
-them does it.
+results are small files under data/results/experiments: <key>.json, what training reports,
+<key>.npz, the evaluation, and where the grid asks for it <key>.fingerprint.json, the fingerprint of
+the trained model. Several processes may work on one grid: a cell is locked while one of them does
+it.
 """
 
 import gc
 import json
 import logging
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-from wdlib import WdlibError, evaluation, paths, pretrained, training
-from wdlib.evaluation import Evaluation, Protocol
+import numpy as np
+
+from wdlib import (
+    TYPES,
+    WdlibError,
+    __version__,
+    evaluation,
+    fingerprints,
+    lora,
+    models,
+    paths,
+    pretrained,
+    training,
+    weights,
+)
+from wdlib.evaluation import Evaluation, Protocol, Scores
+from wdlib.fingerprints import Fingerprint
+from wdlib.pretrained import Pretrained
 from wdlib.training import UNTRAINED, Run
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 RESULTS = paths.RESULTS / "experiments"
 WORK = paths.CACHE / "experiments"
@@ -29,7 +51,7 @@ THREADS = 2
 
 STATES = FINISHED, EXTENDABLE, BEGUN, TO_DO, LACKING = (
     "finished",
-    "evaluation lacks items",
+    "results are incomplete",
     "begun",
     "to do",
     "lacks the reference's characterisation",
@@ -40,28 +62,46 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Cell:
-    """One run and what is to be measured of it; tier: the part of the grid that asks for it."""
+    """One run and what is to be measured of it.
+
+    tier: the part of the grid that asks for it. fingerprint: whether that is measured too.
+    """
 
     tier: str
     run: Run
     protocol: Protocol
+    fingerprint: bool = False
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A finished cell: what training reports (see `training.train`) and the evaluation."""
+    """A finished cell: what training reports (see `training.train`) and the evaluation.
+
+    evaluation: without scores where no task was asked for. fingerprint: None where it is not
+    stored, or is that of another adapter.
+    """
 
     report: dict[str, Any]
     evaluation: Evaluation
+    fingerprint: Fingerprint | None = None
+
+    @property
+    def update(self) -> dict[str, np.ndarray]:
+        """Frobenius norm of what training added to each matrix, relative to the matrix, by type.
+
+        Empty without a fingerprint, and where nothing was trained.
+        """
+        provenance = self.fingerprint.provenance if self.fingerprint else {}
+        return {t: np.array(v) for t, v in json.loads(provenance.get("update", "{}")).items()}
 
 
 def cells(path: str | Path = GRID) -> tuple[Cell, ...]:
     """The cells of a grid file in their order.
 
-    The file has `tiers`, from a name to `seeds`, `evaluation` (fields of `Protocol`) and `runs`
-    (fields of `Run`, beside hyperparameters by their own names), and `defaults` for all runs. A
-    tier's cells go by seed, so that the runs of one seed can be compared early. A run that does
-    not depend on the seed is one cell.
+    The file has `tiers`, from a name to `seeds`, `evaluation` (fields of `Protocol`; `tasks: []`
+    for none), `runs` (fields of `Run`, beside hyperparameters by their own names) and, if it is
+    wanted, `fingerprint: true`; and `defaults` for all runs. A tier's cells go by seed, so that the
+    runs of one seed can be compared early. A run that does not depend on the seed is one cell.
     Raises: WdlibError, naming the file, for what is no such grid.
     """
     import yaml
@@ -77,14 +117,17 @@ def cells(path: str | Path = GRID) -> tuple[Cell, ...]:
 
 def _expand(grid: dict[str, Any]) -> Iterator[Cell]:
     for name, tier in grid["tiers"].items():
-        protocol = _protocol(tier["evaluation"])
+        unknown = set(tier) - {"seeds", "evaluation", "runs", "fingerprint"}
+        if unknown:
+            raise WdlibError(f"{name} has {sorted(unknown)[0]!r}, which no tier has")
+        protocol, fingerprint = _protocol(tier["evaluation"]), tier.get("fingerprint", False)
         seen = set()
         for seed in tier["seeds"]:
             for given in tier["runs"]:
                 run = _run({**grid.get("defaults", {}), **given}, seed)
                 if run.key not in seen:
                     seen.add(run.key)
-                    yield Cell(name, run, protocol)
+                    yield Cell(name, run, protocol, fingerprint)
 
 
 def _run(given: dict[str, Any], seed: int) -> Run:
@@ -126,7 +169,8 @@ def state(cell: Cell, *, results: Path = RESULTS, work: Path = WORK) -> str:
     """How far a cell is: one of STATES."""
     stored = load(cell.run, results=results)
     if stored is not None:
-        return EXTENDABLE if _missing(stored.evaluation, cell.protocol) else FINISHED
+        unseen = cell.fingerprint and stored.fingerprint is None
+        return EXTENDABLE if unseen or _missing(stored.evaluation, cell.protocol) else FINISHED
     reference = cell.run.characterisation()
     if reference is not None and not reference.is_file():
         return LACKING
@@ -193,42 +237,102 @@ def do(
 def _do(cell: Cell, data_folder: str | Path | None, results: Path, work: Path) -> str:
     if state(cell, results=results, work=work) == FINISHED:
         return "was finished"
+    begun = time.perf_counter()
     folder = training.train(cell.run, work / cell.run.key, data_folder=data_folder)
     report = training.result(folder)
     stored = load(cell.run, results=results)
-    known = None
-    if stored and stored.report["hashes"]["adapter"] == report["hashes"]["adapter"]:
-        known = stored.evaluation
-    wanted = _missing(known, cell.protocol) if known else cell.protocol
-    measured = _evaluate(cell.run, folder, wanted, data_folder)
-    measured = _joined(known, measured) if known else measured
-    evaluation.save(measured, results / f"{cell.run.key}.npz")
-    # What each matrix began as is long, and follows from the configuration.
-    report = {key: value for key, value in report.items() if key != "initialisation"}
-    with paths.whole(results / f"{cell.run.key}.json") as part:
-        part.write_text(json.dumps(report) + "\n", encoding="utf-8")
-    seconds = report["seconds"]["this_call"] + measured.made["seconds"]
+    if stored and stored.report["hashes"]["adapter"] != report["hashes"]["adapter"]:
+        stored = None
+    wanted = _missing(stored.evaluation, cell.protocol) if stored else cell.protocol
+    if wanted:
+        measured = _evaluate(cell.run, folder, wanted, data_folder)
+        measured = _joined(stored.evaluation, measured) if stored else measured
+        evaluation.save(measured, results / f"{cell.run.key}.npz")
+        # What each matrix began as is long, and follows from the configuration.
+        kept = {key: value for key, value in report.items() if key != "initialisation"}
+        with paths.whole(results / f"{cell.run.key}.json") as part:
+            part.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+    if cell.fingerprint and not (stored and stored.fingerprint):
+        fingerprints.save(fingerprint(cell.run, folder), _fingerprint_path(cell.run, results))
+    seconds = time.perf_counter() - begun
     return f"held-out loss {report['held_out']['after']['loss']:.4f}, {seconds:.0f} s"
 
 
 def _evaluate(
     run: Run, folder: Path, protocol: Protocol, data_folder: str | Path | None
 ) -> Evaluation:
-    from peft import PeftModel
-
-    loaded = pretrained.load(run.model)
-    model = loaded.model
-    if run.init != UNTRAINED:
-        with warnings.catch_warnings():
-            # peft 0.21 asks transformers 5 for an attribute that was renamed.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            model = PeftModel.from_pretrained(model, folder / "adapter")
+    if not protocol.tasks:
+        return Evaluation(protocol, {}, {"seconds": 0.0, "tasks": {}})
+    trained = _trained(run, folder)
     return evaluation.evaluate(
-        model,
-        loaded.tokenizer,
+        trained.model,
+        trained.tokenizer,
         protocol=protocol,
         data_folder=None if data_folder is None else Path(data_folder),
     )
+
+
+def fingerprint(run: Run, folder: str | Path) -> Fingerprint:
+    """The fingerprint of what a finished run made of its model, with all matrices in float32.
+
+    The adapter is merged into the dequantised base weights as peft does it; of an untrained run it
+    is the base model's, by the same way. The model goes by the run's key; the provenance names the
+    base's weights and the adapter by their sha256, and has the size of `Stored.update`.
+
+    Arguments: folder, of `training.train`, which for a while holds the merged weights too.
+    Raises: WdlibError as `fingerprints.compute` does.
+    """
+    from safetensors.torch import save_model
+
+    trained = _trained(run, Path(folder))
+    model, base, update = trained.model, trained.checkpoint, ""
+    if run.init != UNTRAINED:
+        update = json.dumps(_update(model))
+        model = model.merge_and_unload()
+    known = models.catalogue().get(run.model)
+    with TemporaryDirectory(dir=folder) as scratch:
+        merged = Path(scratch) / "merged"
+        model.config.save_pretrained(merged)
+        save_model(model, merged / "model.safetensors")
+        found = fingerprints.compute(merged, family=known.family if known else "")
+    hashes = training.result(folder)["hashes"]
+    provenance = {
+        "source": base.source,
+        "sha256": hashes["model"],
+        "adapter": hashes["adapter"],
+        "update": update,
+        "quantisation": base.quantisation,
+        "note": base.note,
+        "made by": f"wdlib {__version__} experiments.fingerprint",
+    }
+    provenance = {key: text for key, text in provenance.items() if text}
+    return replace(found, model=run.key, provenance=provenance)
+
+
+def _update(model: "PeftModel") -> dict[str, list[float]]:
+    """||s B A|| / ||W|| of every matrix that an adapter changes, by type, in the model's order."""
+    from peft.tuners.lora import LoraLayer
+
+    found = {}
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            _, (kind,), _ = weights.named(f"{name}.weight", model.config.model_type)
+            size = layer.get_delta_weight(lora.ADAPTER).norm() / layer.weight.norm()
+            found.setdefault(kind, []).append(float(f"{size:.5g}"))
+    return {t: found[t] for t in TYPES if t in found}
+
+
+def _trained(run: Run, folder: Path) -> Pretrained:
+    """The run's model in float32, with its adapter if it has one."""
+    from peft import PeftModel
+
+    loaded = pretrained.load(run.model)
+    if run.init == UNTRAINED:
+        return loaded
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5 for an attribute that was renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return replace(loaded, model=PeftModel.from_pretrained(loaded.model, folder / "adapter"))
 
 
 def load(run: Run, *, results: Path = RESULTS) -> Stored | None:
@@ -240,14 +344,29 @@ def load(run: Run, *, results: Path = RESULTS) -> Stored | None:
     if not (report.is_file() and arrays.is_file()):
         return None
     try:
-        return Stored(json.loads(report.read_text(encoding="utf-8")), evaluation.load(arrays))
+        known = json.loads(report.read_text(encoding="utf-8"))
     except ValueError as error:
         raise WdlibError(f"{report} is damaged ({error}): remove it to run it again") from error
+    return Stored(known, evaluation.load(arrays), _load_fingerprint(run, known, results))
+
+
+def _load_fingerprint(run: Run, report: dict[str, Any], results: Path) -> Fingerprint | None:
+    path = _fingerprint_path(run, results)
+    if not path.is_file():
+        return None
+    found = fingerprints.load(path)
+    return found if found.provenance.get("adapter") == report["hashes"]["adapter"] else None
+
+
+def _fingerprint_path(run: Run, results: Path) -> Path:
+    return results / f"{run.key}.fingerprint.json"
 
 
 def _missing(known: Evaluation, wanted: Protocol) -> Protocol | None:
     """What of a protocol is not yet measured; None if nothing."""
     have = known.protocol
+    if not wanted.tasks:
+        return None
     if (have.seed, have.dtype) != (wanted.seed, wanted.dtype):
         return wanted
     tasks = tuple(task for task in wanted.tasks if not _covers(have, wanted, task))
@@ -283,3 +402,93 @@ def _joined(known: Evaluation, new: Evaluation) -> Evaluation:
         "tasks": {**known.made["tasks"], **new.made["tasks"]},
     }
     return Evaluation(protocol, scores, made)
+
+
+# What finished cells say -------------------------------------------------------------------------
+
+LOSS = "held-out loss"
+
+_GPQA, _ARC, _HELLASWAG = evaluation.TASKS
+
+_SCORES: dict[str, tuple[str, Callable[[Scores], np.ndarray]]] = {
+    "GPQA": (_GPQA, lambda s: evaluation.correct(s)[:, 0]),
+    "GPQA, orders": (_GPQA, lambda s: evaluation.correct(s).mean(1)),
+    "GPQA, debiased": (_GPQA, lambda s: evaluation.correct(evaluation.debiased(s)).mean(1)),
+    "ARC": (_ARC, lambda s: evaluation.correct(s)[:, 0]),
+    "ARC, norm": (_ARC, lambda s: evaluation.correct(s, normalised=True)[:, 0]),
+    "HellaSwag": (_HELLASWAG, lambda s: evaluation.correct(s)[:, 0]),
+    "HellaSwag, norm": (_HELLASWAG, lambda s: evaluation.correct(s, normalised=True)[:, 0]),
+}
+
+MEASURES = (*_SCORES, LOSS)
+"""What can be compared. "GPQA" is the harness's order of the options; "orders" is the mean over all
+orders that were evaluated; "debiased", the same without what a letter is worth in itself
+(`evaluation.debiased`); "norm", by the harness's acc_norm."""
+
+
+def finished(some: Iterable[Cell], *, results: Path = RESULTS) -> dict[Run, Stored]:
+    """The cells of which there are results, by their run, in the order given."""
+    found = {cell.run: load(cell.run, results=results) for cell in some}
+    return {run: stored for run, stored in found.items() if stored is not None}
+
+
+def scores(stored: Stored, measure: str) -> np.ndarray | None:
+    """What a cell scores on each item: (items,) float64; None where it was not measured.
+
+    The mean is the measure: the share of right answers, or for LOSS the mean loss per token in
+    nats, of which each held-out example has its part.
+
+    Arguments: measure, one of MEASURES.
+    """
+    if measure == LOSS:
+        after = stored.report["held_out"]["after"]
+        return np.array(after["sums"]) * len(after["sums"]) / sum(after["tokens"])
+    task, score = _SCORES[measure]
+    found = stored.evaluation.scores.get(task)
+    return None if found is None else score(found).astype(float)
+
+
+def measured(found: Mapping[Run, Stored], variant: str, measure: str) -> np.ndarray | None:
+    """Scores of a variant: (seeds, items), the seeds in rising order; None where there are none.
+
+    Arguments: found, runs of one model and data set; variant, of `Run.variant`.
+    """
+    side = _by_seed(found, variant, measure)
+    return _stacked(side, sorted(side)) if side else None
+
+
+def paired(
+    found: Mapping[Run, Stored], first: str, second: str, measure: str
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Scores of two variants on the items and seeds that both have, for `stats.paired_bootstrap`.
+
+    Arguments: as for `measured`.
+    Returns: two arrays (seeds, items), the seeds in rising order; the untrained model, which has no
+    seed, is one row. None where there is nothing to compare.
+    """
+    sides = [_by_seed(found, variant, measure) for variant in (first, second)]
+    seeds = [set(side) for side in sides if None not in side]
+    common = sorted(set.intersection(*seeds)) if seeds else []
+    rows = [_stacked(side, [None] if None in side else common) for side in sides if side]
+    if len(rows) < 2 or not all(map(len, rows)):
+        return None
+    items = min(row.shape[1] for row in rows)
+    return tuple(row[:, :items] for row in rows)
+
+
+def _stacked(side: dict[int | None, np.ndarray], seeds: Sequence[int | None]) -> np.ndarray:
+    """(seeds, items): the items that all of these seeds were measured on."""
+    rows = [side[seed] for seed in seeds]
+    return np.array([row[: min(map(len, rows))] for row in rows])
+
+
+def _by_seed(
+    found: Mapping[Run, Stored], variant: str, measure: str
+) -> dict[int | None, np.ndarray]:
+    """Seed -> scores of a variant; None stands for the seed of the untrained model."""
+    measured = {
+        None if run.init == UNTRAINED else run.seed: scores(stored, measure)
+        for run, stored in found.items()
+        if run.variant == variant
+    }
+    return {seed: values for seed, values in measured.items() if values is not None}

@@ -3,6 +3,8 @@
 Notebooks alone import this module. What a figure shows is what its table holds; `save` writes both.
 """
 
+from collections.abc import Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -622,3 +624,214 @@ def sweep(data: pd.DataFrame, axes: np.ndarray) -> None:
     middle.set_yticks([2, 5, 10, 20], ["2", "5", "10", "20"])
     middle.yaxis.set_minor_locator(plt.NullLocator())
     bottom.set(ylim=(-0.05, 1.05), xlabel=data.parameter.iloc[0])
+
+
+# Notebook 08: the LoRA experiments -------------------------------------------------------------
+
+START_COLORS = {
+    "untrained": "#8a8a8a",
+    "default": INK,
+    "literal": ACCENT,
+    "preserved": "#1b4f8a",
+    "a_only": "#3f86c4",
+    "pissa": "#7b5ea7",
+    "one_template": "#e07b1a",
+    "independent": "#2e7d4f",
+}
+"""By initialisation; the others are grey."""
+
+
+def start_color(variant: str) -> str:
+    """The colour of a variant, which begins with its initialisation."""
+    return START_COLORS.get(variant.split()[0], "#b8b8b8")
+
+
+def training_curves(data: pd.DataFrame, ax: Axes, value: str) -> Axes:
+    """One column of a curve against the step: columns variant, seed, step, and the named one.
+
+    A thin line per seed, and the mean over seeds.
+    """
+    for variant, rows in data.groupby("variant", sort=False):
+        color = start_color(variant)
+        by_seed = rows.pivot(index="step", columns="seed", values=value)
+        if by_seed.shape[1] > 1:
+            ax.plot(by_seed.index, by_seed, color=color, lw=0.5, alpha=0.5)
+        ax.plot(by_seed.index, by_seed.mean(axis=1), color=color, lw=1.4, label=variant)
+    ax.set(xlabel="step", xlim=(1, data.step.max()))
+    return ax
+
+
+def by_variant(data: pd.DataFrame, ax: Axes) -> Axes:
+    """A point per seed, the mean as a bar across: columns variant, value; variants downwards."""
+    variants = list(dict.fromkeys(data.variant))
+    for y, variant in enumerate(variants):
+        values = data[data.variant == variant].value
+        color = start_color(variant)
+        ax.plot(values, np.full(len(values), y), "o", color=color, ms=4, alpha=0.7, mew=0)
+        ax.plot([values.mean()] * 2, [y - 0.3, y + 0.3], color=color, lw=1.6)
+    ax.axvline(0, color=INK, lw=0.6)
+    ax.xaxis.set_major_locator(plt.MaxNLocator(4))
+    ax.set_yticks(range(len(variants)), variants)
+    ax.set_ylim(len(variants) - 0.5, -0.5)
+    return ax
+
+
+def forest(data: pd.DataFrame, ax: Axes) -> Axes:
+    """Differences with their intervals: columns variant, estimate, low, high, holm.
+
+    A filled point is one that stands after Holm's correction at 5 %.
+    """
+    for y, row in enumerate(data.itertuples()):
+        color = start_color(row.variant)
+        ax.plot([row.low, row.high], [y, y], color=color, lw=1.4, solid_capstyle="butt")
+        ax.plot(row.estimate, y, "o", color=color, mfc=color if row.holm < 0.05 else "white", ms=5)
+    ax.axvline(0, color=INK, lw=0.6)
+    ax.xaxis.set_major_locator(plt.MaxNLocator(4))
+    ax.set_yticks(range(len(data)), data.variant)
+    ax.set_ylim(len(data) - 0.5, -0.5)
+    return ax
+
+
+def letter_shares(data: pd.DataFrame, ax: Axes) -> Axes:
+    """Shares of the letters A to D, one bar for each row of the table: label, A, B, C, D."""
+    left = np.zeros(len(data))
+    for letter, color in zip("ABCD", ("#1b4f8a", "#8db9dd", "#f2b366", "#a34a00"), strict=True):
+        ax.barh(data.label, data[letter], left=left, color=color, label=letter, height=0.7)
+        left += data[letter]
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1), xlabel="share of the questions")
+    return ax
+
+
+def letters_alone(data: pd.DataFrame, ax: Axes) -> Axes:
+    """Accuracy against what the letters give by themselves: columns variant, expected, observed."""
+    for variant, rows in data.groupby("variant", sort=False):
+        color = start_color(variant)
+        ax.plot(
+            rows.expected, rows.observed, "o", color=color, ms=4, mew=0, alpha=0.8, label=variant
+        )
+    ends = [data.expected.min(), data.expected.max()]
+    ax.plot(ends, ends, color=INK, lw=0.8, zorder=0)
+    ax.set(xlabel="expected from the letters alone", ylabel="accuracy in one order")
+    return ax
+
+
+def chance_of_gap(data: pd.DataFrame, gap: int, ax: Axes) -> Axes:
+    """Chance that two equally good runs differ by so many answers: columns items, chance, label."""
+    for (label, rows), color in zip(data.groupby("label", sort=False), NULL_COLORS, strict=False):
+        ax.plot(rows["items"], rows.chance, "o-", color=color, ms=3, lw=1, label=label)
+    ax.axvline(gap, color=ACCENT, lw=1, ls="--")
+    ax.set(yscale="log", xlabel="questions of difference, at least", ylabel="chance")
+    return ax
+
+
+# Notebook 11: fingerprints under LoRA ------------------------------------------------------------
+
+DATA_COLORS = ("#1b4f8a", "#e07b1a", "#2e7d4f", "#7b5ea7")
+"""By the order of the data sets."""
+
+
+def data_colors(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each data set, in the order of their first appearance."""
+    return dict(zip(dict.fromkeys(names), cycle(DATA_COLORS), strict=False))
+
+
+def strips(data: pd.DataFrame, colors: dict[str, str], ax: Axes) -> Axes:
+    """Distances on a log axis in rows under headings: columns heading, row, case, distance.
+
+    Cases that `colors` names are dots of that colour; the others are red marks with their name. A
+    distance of zero stands at the left edge, beyond a line.
+    """
+    places = list(dict.fromkeys(zip(data.heading, data.row, strict=True)))
+    headings = list(dict.fromkeys(data.heading))
+    y = {place: i + 1.4 * headings.index(place[0]) for i, place in enumerate(places)}
+    zero = 10.0 ** (np.floor(np.log10(data.distance[data.distance > 0].min())) - 0.5)
+    data = data.assign(x=np.maximum(data.distance, zero))
+    named = data[~data.case.isin(list(colors))]
+    for place, part in data.drop(named.index).groupby(["heading", "row"]):
+        cases = [case for case in colors if case in set(part.case)]
+        for i, case in enumerate(cases):
+            x, level = part.x[part.case == case], y[place] + 0.2 * (i - (len(cases) - 1) / 2)
+            ax.plot(x, [level] * len(x), "o", color=colors[case], ms=4, alpha=0.75, mew=0)
+    for (heading, row, x), part in named.groupby(["heading", "row", "x"]):
+        ax.plot(x, y[heading, row], "|", color=ACCENT, ms=8, mew=1.2)
+        style = {"bbox": {"fc": "white", "ec": "none", "pad": 0.5}, "va": "center_baseline"}
+        ax.annotate(", ".join(part.case), (x, y[heading, row]), (5, 0), color=ACCENT,
+                    fontsize=6.5, textcoords="offset points", **style)  # fmt: skip
+    for heading in headings:
+        top = min(v for place, v in y.items() if place[0] == heading)
+        ax.text(-0.01, top - 0.85, heading, transform=ax.get_yaxis_transform(), weight="bold",
+                ha="right", va="center", fontsize=8)  # fmt: skip
+    ax.axvline(zero * 10**0.4, color=INK, lw=0.6)
+    ax.set(xscale="log", xlim=(zero / 2, 2 * max(1, data.distance.max())))
+    ax.set_yticks(list(y.values()), [row for _, row in places])
+    ax.set_ylim(max(y.values()) + 0.6, -1.3)
+    ticks = 10.0 ** np.arange(np.ceil(np.log10(zero)), np.log10(ax.get_xlim()[1]), 1)
+    ax.set_xticks([zero, *ticks], ["0", *(f"$10^{{{np.log10(t):.0f}}}$" for t in ticks)])
+    ax.minorticks_off()
+    return ax
+
+
+def points_by_type(data: pd.DataFrame, colors: dict[str, str], value: str, ax: Axes) -> Axes:
+    """A point per run, types across, data sets side by side: columns type, data, and the named."""
+    for i, (name, rows) in enumerate(data.groupby("data", sort=False)):
+        x = [TYPES.index(t) + 0.22 * (i - (len(colors) - 1) / 2) for t in rows.type]
+        ax.plot(x, rows[value], "o", color=colors[name], ms=4, alpha=0.75, mew=0, label=name)
+    ax.axhline(0, color=INK, lw=0.6)
+    ax.set_xticks(range(len(TYPES)), TYPES)
+    return ax
+
+
+def frame(data: pd.DataFrame, ax: Axes) -> Axes:
+    """Frame matrices of a `cluster_map`: columns type, layer; only the rows that are given."""
+    for row in data.itertuples():
+        corner = (TYPES.index(row.type) - 0.5, row.layer - 0.5)
+        ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, ec=ACCENT, lw=1.6))
+    return ax
+
+
+def against_border(data: pd.DataFrame, ax: Axes) -> Axes:
+    """How far matrices moved against the border of their cluster: columns type, margin, moved.
+
+    A matrix below the diagonal cannot have changed its cluster.
+    """
+    for kind in TYPES:
+        rows = data[data.type == kind]
+        ax.plot(rows.margin, rows.moved, "o", color=COLORS[kind], ms=3, mew=0, label=kind)
+    ends = np.array([data[["margin", "moved"]].min().min(), data[["margin", "moved"]].max().max()])
+    ax.plot(ends, ends, color=INK, lw=0.8)
+    ax.set(xscale="log", yscale="log", xlabel="distance to the border of the cluster")
+    ax.set(ylabel="moved by training")
+    return ax
+
+
+def runs_matrix(table: np.ndarray, data: Sequence[str], ax: Axes) -> Axes:
+    """Distances between runs, which are ordered by their data set: lines between data sets."""
+    shown = np.where(np.eye(len(data), dtype=bool), np.nan, table)
+    ax.figure.colorbar(ax.imshow(shown, cmap="viridis_r", vmin=0), ax=ax, shrink=0.75)
+    names = list(dict.fromkeys(data))
+    ends = np.cumsum([list(data).count(name) for name in names]) - 0.5
+    for end in ends[:-1]:
+        ax.axhline(end, color="white", lw=2)
+        ax.axvline(end, color="white", lw=2)
+    middles = (ends + np.concatenate([[-0.5], ends[:-1]])) / 2
+    ax.set_xticks(middles, names)
+    ax.set_yticks(middles, names, rotation=90, va="center")
+    ax.tick_params(length=0)
+    ax.grid(False)
+    return ax
+
+
+def against_update(data: pd.DataFrame, value: str, ax: Axes) -> Axes:
+    """A change of every matrix against the norm of its update: columns type, update, and the named.
+
+    Log axes; a change of zero is left out.
+    """
+    for kind in TYPES:
+        rows = data[(data.type == kind) & (data[value] > 0)]
+        ax.plot(rows["update"], rows[value], "o", color=COLORS[kind], ms=3, mew=0, label=kind)
+    ax.set(xscale="log", yscale="log", xlabel=r"size of the update, $\|\Delta W\| / \|W\|$")
+    ax.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
+    ax.xaxis.set_minor_locator(plt.NullLocator())
+    return ax
