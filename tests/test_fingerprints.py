@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from safetensors.numpy import save_file
+from scipy.stats import t as student_t
 from sklearn.metrics import adjusted_rand_score
 
 from wdlib import TYPES, WdlibError, cli, fingerprints, paths, spectra, weights
@@ -644,6 +645,23 @@ def test_an_effect_is_found_where_there_is_one_and_has_its_level():
     # Without an effect of the data the ratio is 1, and its interval says so.
     assert np.mean([e.data.low <= 1 <= e.data.high for e in nothing]) >= 0.92
     assert np.median([e.data.value for e in nothing]) == pytest.approx(1, abs=0.05)
+
+
+def test_the_interval_is_the_jackknife_over_seeds():
+    table, data, seeds = runs_of(1.0)
+    found, without = effect(table, data, seeds), []
+    for left_out in range(3):
+        rows = [i for i in range(9) if seeds[i] != left_out]
+        places = [0, *(i + 1 for i in rows)]
+        part = effect(
+            table[np.ix_(places, places)], [data[i] for i in rows], [seeds[i] for i in rows]
+        )
+        without.append([part.moved.value, part.data.value])
+    logs = np.log(without)
+    error = np.sqrt(2 / 3 * np.square(logs - logs.mean(axis=0)).sum(axis=0))
+    half = student_t.ppf(0.975, 2) * error
+    for ratio, h in zip((found.moved, found.data), half, strict=True):
+        assert_allclose(np.log([ratio.low, ratio.high]) - np.log(ratio.value), [-h, h])
 
 
 def test_only_seeds_that_every_data_set_has_are_compared():
