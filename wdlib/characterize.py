@@ -34,7 +34,7 @@ from scipy.special import log_ndtr
 
 from wdlib import TYPES, WdlibError, __version__, paths
 from wdlib.distances import cosine_distances, msv
-from wdlib.fits import fit_power_law, vector_bootstrap
+from wdlib.fits import fit_power_law, table_distances, vector_bootstrap
 from wdlib.spectra import Spectra
 
 SUPPORT_QUANTILE = 0.1
@@ -115,7 +115,7 @@ def classify(
 
 def _positive(table: np.ndarray, symmetric: bool) -> np.ndarray:
     """The distances of a table that are not 0, each once."""
-    distances = table[np.triu_indices(len(table), 1)] if symmetric else table.ravel()
+    distances = table_distances(table, symmetric)
     return distances[distances > 0]
 
 
@@ -307,7 +307,7 @@ def _pair(
     verdict = classify(table, symmetric=same, replicates=replicates, seed=_seed(seed, types))
     if verdict.label != POWER_LAW:
         return Pair(types, verdict, None, None)
-    fit = fit_power_law(table[np.triu_indices(len(table), 1)] if same else table)
+    fit = fit_power_law(table_distances(table, same))
     return Pair(types, verdict, fit.alpha, fit.xmin)
 
 

@@ -185,20 +185,23 @@ class Clusters:
 
     def assign(self, vectors: np.ndarray) -> np.ndarray:
         """The number, 0 to k - 1, of the cluster whose centre is nearest to each row of (n, r)."""
-        rows = _scaled(vectors) if self.scaled else np.asarray(vectors, dtype=np.float64)
-        return np.square(rows[:, None, :] - self.centres).sum(axis=2).argmin(axis=1)
+        return self._squares(vectors).argmin(axis=1)
 
     def margins(self, vectors: np.ndarray) -> np.ndarray:
         """How far each row of (n, r) is, as it is clustered, from the border of its cluster: (n,).
 
         A vector that moves by less stays in its cluster. In the unit of the clustered vectors.
         """
-        rows = _scaled(vectors) if self.scaled else np.asarray(vectors, dtype=np.float64)
-        squares = np.square(rows[:, None, :] - self.centres).sum(axis=2)
+        squares = self._squares(vectors)
         own = squares.argmin(axis=1)
         apart = np.linalg.norm(self.centres[own][:, None] - self.centres, axis=2)
         gaps = squares - squares.min(axis=1, keepdims=True)
         return np.divide(gaps, 2 * apart, out=np.full_like(gaps, np.inf), where=apart > 0).min(1)
+
+    def _squares(self, vectors: np.ndarray) -> np.ndarray:
+        """Squared distances of (n, r) vectors, as they are clustered, to the centres: (n, k)."""
+        rows = _scaled(vectors) if self.scaled else np.asarray(vectors, dtype=np.float64)
+        return np.square(rows[:, None, :] - self.centres).sum(axis=2)
 
 
 def cluster(

@@ -26,7 +26,7 @@ import numpy as np
 from wdlib import WdlibError
 from wdlib.characterize import NORMAL, POWER_LAW, REPLICATES, Pair, classify
 from wdlib.distances import cosine_distances, msv
-from wdlib.fits import fit_power_law, vector_bootstrap
+from wdlib.fits import fit_power_law, table_distances, vector_bootstrap
 
 SHAPES = (0.5, 0.75)
 """Shapes of ParetoCounts that `counts_for` gives. Of sets between two types of 24 to 30 layers the
@@ -285,7 +285,7 @@ def target(
     rows, columns = (msv(values, type) for type in pair.types)
     same = pair.types[0] == pair.types[1]
     table = cosine_distances(rows, columns)
-    distances = _flat(table, same)
+    distances = table_distances(table, same)
     if np.count_nonzero(distances) != pair.verdict.n:
         raise WdlibError(
             f"the spectra give {np.count_nonzero(distances)} distances between "
@@ -368,7 +368,7 @@ def outcomes(
     found = []
     for rng in np.random.default_rng(seed).spawn(draws):
         table = generated(candidate, vectors, rank=rank, rng=rng)
-        distances = _flat(table, vectors[1] is None)
+        distances = table_distances(table, vectors[1] is None)
         verdict = classify(
             table,
             symmetric=vectors[1] is None,
@@ -400,10 +400,6 @@ def generated(
         both = generate(n + m, candidate.shape, candidate.counts, **settings)
         rows, columns = both[:n], both[n:]
     return cosine_distances(spectra_of(rows, rank), spectra_of(columns, rank))
-
-
-def _flat(table: np.ndarray, same: bool) -> np.ndarray:
-    return table[np.triu_indices(len(table), 1)] if same else table.ravel()
 
 
 Survey = Mapping[Candidate, Outcomes]
@@ -540,7 +536,9 @@ def _tuned(candidate: Candidate, goal: Target, free: bool, seed: list[int]) -> C
     """The candidate with one parameter moved until the median is the target's, if it gets there."""
     for step in range(4):
         table = [
-            _flat(generated(candidate, goal.vectors, rank=goal.rank, rng=rng), not goal.vectors[1])
+            table_distances(
+                generated(candidate, goal.vectors, rank=goal.rank, rng=rng), not goal.vectors[1]
+            )
             for rng in np.random.default_rng([*seed, step]).spawn(10)
         ]
         factor = goal.median / np.median([np.median(distances) for distances in table])

@@ -491,7 +491,22 @@ def identification(data: pd.DataFrame, threshold: float, ax: Axes) -> Axes:
 
 # Reshaped LoRA -----------------------------------------------------------------------------------
 
-VARIANT_COLORS = {"literal": ACCENT, "one_template": "#e07b1a", "independent": "#2e7d4f"}
+START_COLORS = {
+    "untrained": "#8a8a8a",
+    "default": INK,
+    "literal": ACCENT,
+    "preserved": "#1b4f8a",
+    "a_only": "#3f86c4",
+    "pissa": "#7b5ea7",
+    "one_template": "#e07b1a",
+    "independent": "#2e7d4f",
+}
+"""By initialisation; the others are grey."""
+
+
+def start_color(variant: str) -> str:
+    """The colour of a variant, which begins with its initialisation."""
+    return START_COLORS.get(variant.split()[0], "#b8b8b8")
 
 
 def new_entries(data: pd.DataFrame, ax: Axes) -> Axes:
@@ -509,7 +524,7 @@ def step0_shift(data: pd.DataFrame, ax: Axes) -> Axes:
     The line joins the means. Linear in the shift below 0.1 nats, logarithmic above.
     """
     for position, (init, rows) in enumerate(data.groupby("init", sort=False)):
-        color, aside = VARIANT_COLORS[init], 1.12 ** (position - 1)
+        color, aside = start_color(init), 1.12 ** (position - 1)
         ax.plot(rows.b_scale * aside, rows["shift"], "o", color=color, ms=4)
         means = rows.groupby("b_scale")["shift"].mean()
         ax.plot(means.index * aside, means, color=color, label=init)
@@ -628,23 +643,6 @@ def sweep(data: pd.DataFrame, axes: np.ndarray) -> None:
 
 # Notebook 08: the LoRA experiments -------------------------------------------------------------
 
-START_COLORS = {
-    "untrained": "#8a8a8a",
-    "default": INK,
-    "literal": ACCENT,
-    "preserved": "#1b4f8a",
-    "a_only": "#3f86c4",
-    "pissa": "#7b5ea7",
-    "one_template": "#e07b1a",
-    "independent": "#2e7d4f",
-}
-"""By initialisation; the others are grey."""
-
-
-def start_color(variant: str) -> str:
-    """The colour of a variant, which begins with its initialisation."""
-    return START_COLORS.get(variant.split()[0], "#b8b8b8")
-
 
 def training_curves(data: pd.DataFrame, ax: Axes, value: str) -> Axes:
     """One column of a curve against the step: columns variant, seed, step, and the named one.
@@ -669,11 +667,7 @@ def by_variant(data: pd.DataFrame, ax: Axes) -> Axes:
         color = start_color(variant)
         ax.plot(values, np.full(len(values), y), "o", color=color, ms=4, alpha=0.7, mew=0)
         ax.plot([values.mean()] * 2, [y - 0.3, y + 0.3], color=color, lw=1.6)
-    ax.axvline(0, color=INK, lw=0.6)
-    ax.xaxis.set_major_locator(plt.MaxNLocator(4))
-    ax.set_yticks(range(len(variants)), variants)
-    ax.set_ylim(len(variants) - 0.5, -0.5)
-    return ax
+    return _rows_around_zero(variants, ax)
 
 
 def forest(data: pd.DataFrame, ax: Axes) -> Axes:
@@ -685,10 +679,15 @@ def forest(data: pd.DataFrame, ax: Axes) -> Axes:
         color = start_color(row.variant)
         ax.plot([row.low, row.high], [y, y], color=color, lw=1.4, solid_capstyle="butt")
         ax.plot(row.estimate, y, "o", color=color, mfc=color if row.holm < 0.05 else "white", ms=5)
+    return _rows_around_zero(data.variant, ax)
+
+
+def _rows_around_zero(labels: Sequence[str], ax: Axes) -> Axes:
+    """Name the rows of an axes, the first at the top, and mark zero."""
     ax.axvline(0, color=INK, lw=0.6)
     ax.xaxis.set_major_locator(plt.MaxNLocator(4))
-    ax.set_yticks(range(len(data)), data.variant)
-    ax.set_ylim(len(data) - 0.5, -0.5)
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
     return ax
 
 

@@ -137,7 +137,7 @@ def measure(
     for i in range(repetitions):
         rng = np.random.default_rng([HELD_OUT_SEED] * held_out + [i, n, m or 0])
         distances = table(truth, dependence, n, m, rng)
-        flat = distances[np.triu_indices(n, 1)] if symmetric else distances.ravel()
+        flat = fits.table_distances(distances, symmetric)
         fit = fits.fit_power_law(flat)
         tail_share[i] = fit.n_tail / fit.n
         nulls = (
