@@ -209,6 +209,19 @@ def test_a_forest_fills_only_what_stands_after_correction():
     assert [line.get_markerfacecolor() for line in points] == ["white", plots.start_color("pissa")]
 
 
+def test_sensitivity_is_a_line_through_the_means_of_the_seeds():
+    data = pd.DataFrame(
+        [("default", s, v, v * s) for s in (1, 3) for v in (0.3, 1.0, 3.0)],
+        columns=["start", "seed", "value", "loss"],
+    )
+    _, ax = plt.subplots()
+    plots.sensitivity(data, ax)
+    points, means = ax.lines[:2]
+    assert len(points.get_xdata()) == 6
+    np.testing.assert_allclose(means.get_xydata(), [[0.3, 0.6], [1, 2], [3, 6]])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.3", "1", "3"]
+
+
 def test_letter_shares_add_up():
     data = pd.DataFrame({"label": ["x"], "A": [0.1], "B": [0.2], "C": [0.3], "D": [0.4]})
     _, ax = plt.subplots()

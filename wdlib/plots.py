@@ -691,6 +691,23 @@ def _rows_around_zero(labels: Sequence[str], ax: Axes) -> Axes:
     return ax
 
 
+def sensitivity(data: pd.DataFrame, ax: Axes) -> Axes:
+    """A loss against one setting on a log axis: columns start, seed, value, loss.
+
+    A point per seed, and a line through the means of each start.
+    """
+    for start, rows in data.groupby("start", sort=False):
+        color = start_color(start)
+        ax.plot(rows.value, rows.loss, "o", color=color, ms=3.5, alpha=0.6, mew=0)
+        ax.plot(rows.groupby("value").loss.mean(), color=color, lw=1.4, label=start)
+    ax.axhline(0, color=INK, lw=0.6)
+    values = sorted(set(data.value))
+    ax.set_xscale("log")
+    ax.set_xticks(values, [f"{value:g}" for value in values])
+    ax.minorticks_off()
+    return ax
+
+
 def letter_shares(data: pd.DataFrame, ax: Axes) -> Axes:
     """Shares of the letters A to D, one bar for each row of the table: label, A, B, C, D."""
     left = np.zeros(len(data))
