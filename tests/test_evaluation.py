@@ -537,36 +537,24 @@ def test_accuracy_by_hand() -> None:
 def test_always_the_same_letter_is_chance_over_orders(orders) -> None:
     lazy = np.tile([0.0, -1.0, -2.0, -3.0], (50, orders, 1))
     found = scores(lazy, np.random.default_rng(0).integers(0, 4, 50))
-    estimate = evaluation.order_accuracy(found)
-    assert estimate.value == 0.25
-    assert estimate.error == 0
+    assert (evaluation.correct(found).mean(axis=1) == 0.25).all()
     np.testing.assert_array_equal(evaluation.letters(found), [[50, 0, 0, 0]] * orders)
 
 
-def test_error_of_order_accuracy_is_over_items() -> None:
-    rng = np.random.default_rng(1)
-    found = scores(np.repeat(rng.normal(size=(40, 1, 4)), 4, axis=1), rng.integers(0, 4, 40))
-    share = evaluation.correct(found).mean(axis=1)
-    estimate = evaluation.order_accuracy(found)
-    assert estimate.value == pytest.approx(share.mean())
-    assert estimate.error == pytest.approx(share.std(ddof=1) / 40**0.5)
-
-
-def test_one_cycle_of_orders_stands_for_all_and_the_error_covers_the_choice_of_it() -> None:
+def test_one_cycle_of_orders_stands_for_all_and_its_spread_covers_the_choice_of_it() -> None:
     rng = np.random.default_rng(3)
     cycle, every = [], []
     for _ in range(1000):  # other items each time, in an order of their own
         gold = rng.integers(0, 4, 60)
         worth = rng.normal(size=(60, 4)) + np.eye(4)[gold]
         shown = worth[:, evaluation.option_orders(24)] + np.array([1.5, 0.0, 0.0, 1.0])
-        cycle.append(evaluation.order_accuracy(scores(shown[:, :4], gold)))
-        every.append(evaluation.order_accuracy(scores(shown, gold)))
+        cycle.append(evaluation.correct(scores(shown[:, :4], gold)).mean(axis=1))
+        every.append(evaluation.correct(scores(shown, gold)).mean(axis=1))
     means, errors = [], []
-    for estimates in (cycle, every):
-        values = np.array([estimate.value for estimate in estimates])
-        means.append(values.mean())
-        errors.append(np.mean([estimate.error**2 for estimate in estimates]))
-        np.testing.assert_allclose(errors[-1], values.var(), rtol=0.15)
+    for shares in map(np.array, (cycle, every)):
+        means.append(shares.mean())
+        errors.append(np.mean(shares.var(axis=1, ddof=1) / 60))
+        np.testing.assert_allclose(errors[-1], shares.mean(axis=1).var(), rtol=0.15)
     np.testing.assert_allclose(*means, atol=0.002)
     assert errors[0] > 1.03 * errors[1]
 
@@ -577,7 +565,7 @@ def test_debiasing_takes_a_planted_liking_for_letters_away() -> None:
     worth = rng.normal(size=(80, 4)) + 4 * np.eye(4)[gold]  # of each option
     shown = worth[:, evaluation.option_orders(4)]
     clean, biased = scores(shown, gold), scores(shown + np.array([9.0, 3.0, 0.0, -5.0]), gold)
-    assert evaluation.order_accuracy(biased).value < 0.4
+    assert evaluation.correct(biased).mean() < 0.4
     found = evaluation.debiased(biased)
     np.testing.assert_array_equal(evaluation.correct(found), evaluation.correct(clean))
     shifted = evaluation.debiased(replace(clean, loglikelihood=clean.loglikelihood - 7))

@@ -3,9 +3,11 @@ import logging
 import shutil
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from numpy.testing import assert_allclose
 from peft import PeftModel
 from test_training import REFERENCE, home  # noqa: F401 (a fixture)
@@ -18,6 +20,7 @@ from wdlib import (
     fingerprints,
     paths,
     pretrained,
+    stats,
     training,
 )
 from wdlib.evaluation import Evaluation, Protocol, Scores
@@ -128,6 +131,9 @@ def test_the_cells_go_by_tier_then_seed(grid):
         ("limit: {arc_challenge: 3}", "orders: 5", "5 orders of 4 options are not balanced"),
         ("limit: {arc_challenge: 3}", "dtype: int8", "no dtype 'int8'"),
         ("limit: {arc_challenge: 3}", "order: 4", "order"),
+        ("limit: {arc_challenge: 3}", "seed: 1", "second evaluates .* another seed or dtype"),
+        ("learning_rate: 1.0e-3", "learning_rate: 2e-4", "learning_rate must be .* 2.0e-4"),
+        ("steps: 2", "steps: '2'", "steps must be of type int, not '2'"),
         ("seeds: [1, 2]", "seeds: [1, 2", "no grid of experiments"),
         ("    seeds: [1, 2]", "    seeds: [1, 2]\n    fingerprnt: true", "first has 'fingerprnt'"),
     ],
@@ -240,6 +246,51 @@ def test_a_cell_that_another_process_does_is_left_to_it(grid, places, do_all, as
     assert not asked
     (places["work"] / cell.run.key).mkdir()
     assert experiments.state(cell, **places) == BEGUN
+
+
+def test_the_processes_of_one_launcher_are_refused(grid, places, do_all, asked, monkeypatch):
+    two = SimpleNamespace(num_processes=2, device="cpu")
+    monkeypatch.setattr(training, "process_state", lambda: two)
+    with pytest.raises(WdlibError, match="2 processes of one launcher"):
+        do_all()
+    with pytest.raises(WdlibError, match="2 processes of one launcher"):
+        experiments.do(experiments.cells(grid)[0], **places)
+    assert not places["work"].exists()
+
+
+def test_a_model_is_evaluated_where_it_was_trained(grid, places, do_all, asked, monkeypatch):
+    do_all("second")
+    for path in places["results"].iterdir():
+        path.unlink()
+    gpu = SimpleNamespace(num_processes=1, device=torch.device("meta"))
+    monkeypatch.setattr(training, "process_state", lambda: gpu)
+    do_all("second")
+    assert [model.device.type for model, _ in asked] == ["cpu"] * 2 + ["meta"] * 2
+
+
+def test_other_data_than_that_of_the_results_is_refused(grid, places, do_all, asked, monkeypatch):
+    do_all("first")
+    monkeypatch.setattr(training, "data_hash", lambda _: "0" * 64)
+    logging.getLogger("wdlib.experiments").setLevel(logging.CRITICAL)
+    with pytest.raises(WdlibError, match="cells failed"):
+        do_all("second")
+    logging.getLogger("wdlib.experiments").setLevel(logging.NOTSET)
+    cell = experiments.cells(grid)[-1]
+    with pytest.raises(WdlibError, match="'alpaca' is not the one that .* was trained on"):
+        experiments.do(cell, **places)
+    assert experiments.state(cell, **places) == TO_DO
+
+
+def test_files_of_two_adapters_are_no_result(grid, places, do_all, asked):
+    cell = experiments.cells(grid)[-1]
+    do_all(cell.run.key)
+    path = places["results"] / f"{cell.run.key}.json"
+    report = json.loads(path.read_text())
+    report["hashes"]["adapter"] = "0" * 64  # of an earlier training, by a process that was stopped
+    path.write_text(json.dumps(report))
+    assert experiments.load(cell.run, results=places["results"]) is None
+    do_all(cell.run.key)
+    assert experiments.state(cell, **places) == FINISHED
 
 
 def test_damaged_results_are_named(grid, places, do_all, asked):
@@ -402,14 +453,14 @@ def test_the_papers_scale_passes_a_dry_run(tmp_path):
 # What finished cells say -------------------------------------------------------------------------
 
 
-def stored(right, *, losses=(3.0, 5.0), tokens=(1, 3)):
+def stored(right, *, losses=(3.0, 5.0), tokens=(1, 3), data="1", dtype="bfloat16"):
     """A cell whose ARC answers are right where the list says so."""
     values = np.full((len(right), 1, 4), -2.0, np.float32)
     values[np.arange(len(right)), 0, np.where(right, 0, 3)] = -1.0
     arc = replace(scores(len(right)), loglikelihood=values)
     after = {"sums": list(losses), "tokens": list(tokens)}
-    evaluated = Evaluation(Protocol((ARC,)), {ARC: arc}, {})
-    return experiments.Stored({"held_out": {"after": after}}, evaluated)
+    report = {"held_out": {"after": after}, "hashes": {"data": data}, "dtype": "float32"}
+    return experiments.Stored(report, Evaluation(Protocol((ARC,), dtype=dtype), {ARC: arc}, {}))
 
 
 LITERAL = {"init": "literal", "reference": "qwen2.5-coder-0.5b-instruct"}
@@ -458,6 +509,52 @@ def test_runs_pair_by_seed_and_item():
     assert experiments.measured(found, "default", "GPQA") is None
     del found[Run(seed=2)]
     assert experiments.paired(found, literal, "default", "ARC") is None  # no seed in common
+
+
+def test_what_was_not_measured_alike_does_not_pair():
+    def compare(measure=experiments.LOSS, **other):
+        found = {Run(): stored([True] * 4), Run(**LITERAL): stored([True] * 4, **other)}
+        return experiments.paired(found, "default", Run(**LITERAL).variant, measure)
+
+    assert compare() is not None
+    alike = "not measured on the same items in the same way"
+    with pytest.raises(WdlibError, match=alike):
+        compare(data="2")
+    with pytest.raises(WdlibError, match=alike):
+        compare(losses=(3.0, 5.0, 1.0), tokens=(1, 3, 1))
+    with pytest.raises(WdlibError, match=alike):
+        compare("ARC", dtype="float32")
+    found = {Run(): stored([True] * 4), Run(init="untrained"): stored([True] * 4)}
+    arc = found[Run()].evaluation.scores[ARC]
+    arc.items[2] = 77
+    with pytest.raises(WdlibError, match=alike):
+        experiments.paired(found, "default", "untrained", "ARC")
+
+
+def test_runs_that_a_variant_does_not_tell_apart_are_refused():
+    longer = Run(hyperparameters=training.Hyperparameters(steps=600))
+    with pytest.raises(WdlibError, match="two runs are 'default' with seed 3407"):
+        experiments.measured({Run(): stored([True]), longer: stored([False])}, "default", "ARC")
+
+
+def test_the_interval_of_a_loss_knows_that_lengths_differ():
+    """A loss is a ratio of two sums; its interval must hold that of the population."""
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(5, 400, 20_000)
+    sums = {name: tokens * rng.gamma(4, scale, 20_000) for name, scale in (("a", 0.5), ("b", 0.48))}
+    truth = (sums["a"].sum() - sums["b"].sum()) / tokens.sum()
+    inside = 0
+    for _ in range(200):
+        drawn = rng.integers(0, 20_000, 100)
+        first, second = (
+            stored([True], losses=sums[name][drawn], tokens=tokens[drawn]) for name in "ab"
+        )
+        found = {Run(): first, Run(init="pissa"): second}
+        pair = experiments.paired(found, "default", "pissa", experiments.LOSS)
+        result = stats.paired_bootstrap(*pair, replicates=500)
+        inside += result.low <= truth <= result.high
+        assert_allclose(pair[0].mean(), sums["a"][drawn].sum() / tokens[drawn].sum())
+    assert inside / 200 > 0.9  # 0.935 expected of 100 items
 
 
 @pytest.mark.usefixtures("asked")

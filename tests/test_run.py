@@ -162,7 +162,7 @@ def test_a_failure_is_one_sentence_and_leaves_the_old_result(house, write_notebo
     output.write_text("old")
     with pytest.raises(WdlibError) as caught:
         run.run_notebook(notebook, {"rank": 3}, output=output)
-    failed = paths.CACHE / "executed" / "n.failed.ipynb"
+    failed = paths.CACHE / "executed" / "out.failed.ipynb"
     assert str(caught.value) == (
         f"n.ipynb stopped in cell [5] with ValueError: too; the copy with its traceback is {failed}"
     )

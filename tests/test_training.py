@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import LlamaConfig
+from transformers import LlamaConfig, TrainingArguments
 
 from wdlib import WdlibError, lora, paths, pretrained, training
 from wdlib.characterize import load
@@ -381,6 +381,17 @@ def test_two_processes_give_the_losses_of_one(run, home, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert training.result(tmp_path / "two")["machine"]["processes"] == 2
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(one), atol=1e-4)
+
+
+def test_several_gpus_without_a_launcher_do_not_enlarge_a_batch(run, home, tmp_path, monkeypatch):
+    def two_gpus(arguments):
+        arguments._n_gpu = 2
+        return torch.device("cpu")
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(two_gpus))
+    model = pretrained.load(run.model).model
+    trainer = training._trainer(model, [], run, folder=tmp_path, save_every=1)
+    assert trainer.args.train_batch_size == run.hyperparameters.batch
 
 
 def test_the_characterisations_of_the_grid_are_there():

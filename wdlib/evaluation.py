@@ -594,27 +594,6 @@ def accuracy(scores: Scores, *, normalised: bool = False) -> float:
     return float(correct(scores, normalised=normalised)[:, 0].mean())
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over items and its standard error."""
-
-    value: float
-    error: float
-
-
-def order_accuracy(scores: Scores, *, normalised: bool = False) -> Estimate:
-    """Accuracy averaged over the option orders of each item, an estimate of that over all orders.
-
-    The error is that of the mean over items, whose shares of right orders spread both because items
-    differ and because only some orders are shown: orders left out are in it, and need no correction
-    of their own. NaN for one item.
-    Source: docs/method.md, section 8.
-    """
-    item = correct(scores, normalised=normalised).mean(axis=1)
-    spread = item.std(ddof=1) if len(item) > 1 else np.nan
-    return Estimate(float(item.mean()), float(spread / np.sqrt(len(item))))
-
-
 def letters(scores: Scores) -> np.ndarray:
     """How often the answer stands at each position, in each order: (O, K) int64."""
     chosen = answers(scores)

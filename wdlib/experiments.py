@@ -46,9 +46,6 @@ RESULTS = paths.RESULTS / "experiments"
 WORK = paths.CACHE / "experiments"
 GRID = paths.DATA / "experiments" / "grid.yaml"
 
-THREADS = 2
-"""Threads of torch on a processor; results differ in the last digits with another number."""
-
 STATES = FINISHED, EXTENDABLE, BEGUN, TO_DO, LACKING = (
     "finished",
     "results are incomplete",
@@ -110,6 +107,7 @@ def cells(path: str | Path = GRID) -> tuple[Cell, ...]:
     try:
         grid = yaml.safe_load(path.read_text(encoding="utf-8"))
         found = tuple(_expand(grid))
+        _check_protocols(found)
     except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, WdlibError) as error:
         raise WdlibError(f"{path} is no grid of experiments: {error}") from error
     return found
@@ -128,6 +126,19 @@ def _expand(grid: dict[str, Any]) -> Iterator[Cell]:
                 if run.key not in seen:
                     seen.add(run.key)
                     yield Cell(name, run, protocol, fingerprint)
+
+
+def _check_protocols(every: Sequence[Cell]) -> None:
+    """What several tiers measure of one run must join."""
+    known: dict[str, Protocol] = {}
+    for cell in every:
+        if cell.protocol.tasks:
+            first = known.setdefault(cell.run.key, cell.protocol)
+            if (first.seed, first.dtype) != (cell.protocol.seed, cell.protocol.dtype):
+                raise WdlibError(
+                    f"{cell.tier} evaluates {cell.run.key} with another seed or dtype than a tier "
+                    "before it: give both the same"
+                )
 
 
 def _run(given: dict[str, Any], seed: int) -> Run:
@@ -189,10 +200,12 @@ def run(
     """Do the cells of a grid in their order; a cell that fails is logged and the rest goes on.
 
     Arguments: only, as for `chosen`; data_folder, with the files of the data sets and benchmarks,
-    None for the hub; progress, told in one line what is done. The number of torch's threads is
-    what it was set to (`THREADS` from the command line).
-    Raises: WdlibError as `chosen` does, and at the end where cells failed.
+    None for the hub; progress, told in one line what is done. Results differ in the last digits
+    with the number of torch's threads, which is left as it is set.
+    Raises: WdlibError as `chosen` does, for processes of one launcher, and at the end where cells
+    failed.
     """
+    _check_alone()
     todo = chosen(path, only=only)
     failed = []
     for number, cell in enumerate(todo, start=1):
@@ -221,10 +234,12 @@ def do(
 ) -> str:
     """Bring one cell to its end from wherever it is; returns what was done, in words.
 
-    Raises: WdlibError as `training.train` and `evaluation.evaluate` do.
+    Raises: WdlibError as `training.train` and `evaluation.evaluate` do, for processes of one
+    launcher, and for data other than that of the results which are there.
     """
     from filelock import FileLock, Timeout
 
+    _check_alone()
     work.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work / f"{cell.run.key}.lock", timeout=0)
     try:
@@ -234,10 +249,36 @@ def do(
         return "another process is doing it"
 
 
+def _check_alone() -> None:
+    """The processes of one launcher would lock different cells and train them as one."""
+    processes = training.process_state().num_processes
+    if processes > 1:
+        raise WdlibError(
+            f"{processes} processes of one launcher cannot share a grid: start `wdlib experiments` "
+            "without it, as often as you like, or train one run with `training.train`"
+        )
+
+
+def _check_data(run: Run, data_folder: str | Path | None, results: Path) -> None:
+    """Runs are compared on the same held-out examples: refuse others before anything is trained."""
+    digest = training.data_hash(training.examples(run.data, folder=data_folder))
+    for path in results.glob("*.json"):
+        if path.name.endswith(".fingerprint.json"):
+            continue
+        known = _report(path)
+        if known["configuration"]["data"] == run.data and known["hashes"]["data"] != digest:
+            raise WdlibError(
+                f"the data set {run.data!r} is not the one that {known['key']} was trained on, so "
+                "the two cannot be compared: name the folder that holds that one, or move the "
+                f"results of {run.data!r} out of {results}"
+            )
+
+
 def _do(cell: Cell, data_folder: str | Path | None, results: Path, work: Path) -> str:
     if state(cell, results=results, work=work) == FINISHED:
         return "was finished"
     begun = time.perf_counter()
+    _check_data(cell.run, data_folder, results)
     folder = training.train(cell.run, work / cell.run.key, data_folder=data_folder)
     report = training.result(folder)
     stored = load(cell.run, results=results)
@@ -247,6 +288,8 @@ def _do(cell: Cell, data_folder: str | Path | None, results: Path, work: Path) -
     if wanted:
         measured = _evaluate(cell.run, folder, wanted, data_folder)
         measured = _joined(stored.evaluation, measured) if stored else measured
+        of = {"adapter": report["hashes"]["adapter"]}
+        measured = replace(measured, made={**measured.made, **of})
         evaluation.save(measured, results / f"{cell.run.key}.npz")
         # What each matrix began as is long, and follows from the configuration.
         kept = {key: value for key, value in report.items() if key != "initialisation"}
@@ -265,7 +308,7 @@ def _evaluate(
         return Evaluation(protocol, {}, {"seconds": 0.0, "tasks": {}})
     trained = _trained(run, folder)
     return evaluation.evaluate(
-        trained.model,
+        trained.model.to(training.process_state().device),
         trained.tokenizer,
         protocol=protocol,
         data_folder=None if data_folder is None else Path(data_folder),
@@ -336,18 +379,25 @@ def _trained(run: Run, folder: Path) -> Pretrained:
 
 
 def load(run: Run, *, results: Path = RESULTS) -> Stored | None:
-    """The stored results of a run; None where it is not finished.
+    """The stored results of a run; None where it is not finished, or its files are of two adapters.
 
     Raises: WdlibError for files that are damaged.
     """
     report, arrays = results / f"{run.key}.json", results / f"{run.key}.npz"
     if not (report.is_file() and arrays.is_file()):
         return None
+    known = _report(report)
+    found, adapter = evaluation.load(arrays), known["hashes"]["adapter"]
+    if found.made.get("adapter", adapter) != adapter:
+        return None
+    return Stored(known, found, _load_fingerprint(run, known, results))
+
+
+def _report(path: Path) -> dict[str, Any]:
     try:
-        known = json.loads(report.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise WdlibError(f"{report} is damaged ({error}): remove it to run it again") from error
-    return Stored(known, evaluation.load(arrays), _load_fingerprint(run, known, results))
+        raise WdlibError(f"{path} is damaged ({error}): remove it to run it again") from error
 
 
 def _load_fingerprint(run: Run, report: dict[str, Any], results: Path) -> Fingerprint | None:
@@ -436,25 +486,49 @@ def scores(stored: Stored, measure: str) -> np.ndarray | None:
     """What a cell scores on each item: (items,) float64; None where it was not measured.
 
     The mean is the measure: the share of right answers, or for LOSS the mean loss per token in
-    nats, of which each held-out example has its part.
+    nats. That is a ratio of two means, so an example's score is its part of the linearised ratio,
+    loss + (sum - loss * tokens) / (mean tokens): other examples would have had other lengths too.
 
     Arguments: measure, one of MEASURES.
     """
+    row = _row(stored, measure)
+    return None if row is None else row.values
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Scores of one cell, (items,), the items by hashes or lengths, and how they were measured."""
+
+    values: np.ndarray
+    items: Sequence[Any]
+    setting: tuple[Any, ...]
+
+
+def _row(stored: Stored, measure: str) -> _Row | None:
+    """None where it was not measured."""
     if measure == LOSS:
         after = stored.report["held_out"]["after"]
-        return np.array(after["sums"]) * len(after["sums"]) / sum(after["tokens"])
+        sums, tokens = np.array(after["sums"]), np.array(after["tokens"], float)
+        loss = sums.sum() / tokens.sum()
+        setting = (stored.report["hashes"]["data"], stored.report["dtype"], len(tokens))
+        return _Row(loss + (sums - loss * tokens) / tokens.mean(), after["tokens"], setting)
     task, score = _SCORES[measure]
-    found = stored.evaluation.scores.get(task)
-    return None if found is None else score(found).astype(float)
+    found, protocol = stored.evaluation.scores.get(task), stored.evaluation.protocol
+    if found is None:
+        return None
+    orders = len(found.orders) if measure in ("GPQA, orders", "GPQA, debiased") else None
+    return _Row(score(found).astype(float), found.items, (protocol.dtype, protocol.seed, orders))
 
 
 def measured(found: Mapping[Run, Stored], variant: str, measure: str) -> np.ndarray | None:
     """Scores of a variant: (seeds, items), the seeds in rising order; None where there are none.
 
     Arguments: found, runs of one model and data set; variant, of `Run.variant`.
+    Raises: WdlibError for runs that cannot be told apart by their variant and seed, or that were
+    not measured on the same items in the same way.
     """
     side = _by_seed(found, variant, measure)
-    return _stacked(side, sorted(side)) if side else None
+    return _stacked([side[seed] for seed in sorted(side)]) if side else None
 
 
 def paired(
@@ -465,30 +539,40 @@ def paired(
     Arguments: as for `measured`.
     Returns: two arrays (seeds, items), the seeds in rising order; the untrained model, which has no
     seed, is one row. None where there is nothing to compare.
+    Raises: WdlibError as `measured` does.
     """
     sides = [_by_seed(found, variant, measure) for variant in (first, second)]
     seeds = [set(side) for side in sides if None not in side]
     common = sorted(set.intersection(*seeds)) if seeds else []
-    rows = [_stacked(side, [None] if None in side else common) for side in sides if side]
-    if len(rows) < 2 or not all(map(len, rows)):
+    rows = [[side[s] for s in ([None] if None in side else common)] for side in sides if side]
+    if len(rows) < 2 or not all(rows):
         return None
-    items = min(row.shape[1] for row in rows)
-    return tuple(row[:, :items] for row in rows)
+    both = _stacked([*rows[0], *rows[1]])
+    return both[: len(rows[0])], both[len(rows[0]) :]
 
 
-def _stacked(side: dict[int | None, np.ndarray], seeds: Sequence[int | None]) -> np.ndarray:
-    """(seeds, items): the items that all of these seeds were measured on."""
-    rows = [side[seed] for seed in seeds]
-    return np.array([row[: min(map(len, rows))] for row in rows])
+def _stacked(rows: Sequence[_Row]) -> np.ndarray:
+    """(rows, items): the first items, which all of these rows were measured on."""
+    items = min(len(row.values) for row in rows)
+    if len({(row.setting, tuple(row.items[:items])) for row in rows}) > 1:
+        raise WdlibError(
+            "these runs were not measured on the same items in the same way (data, data type, "
+            "order of the options): run them again alike, or leave some out"
+        )
+    return np.array([row.values[:items] for row in rows])
 
 
-def _by_seed(
-    found: Mapping[Run, Stored], variant: str, measure: str
-) -> dict[int | None, np.ndarray]:
+def _by_seed(found: Mapping[Run, Stored], variant: str, measure: str) -> dict[int | None, _Row]:
     """Seed -> scores of a variant; None stands for the seed of the untrained model."""
-    measured = {
-        None if run.init == UNTRAINED else run.seed: scores(stored, measure)
-        for run, stored in found.items()
-        if run.variant == variant
-    }
-    return {seed: values for seed, values in measured.items() if values is not None}
+    measured = {}
+    for run, stored in found.items():
+        if run.variant != variant:
+            continue
+        seed = None if run.init == UNTRAINED else run.seed
+        if seed in measured:
+            raise WdlibError(
+                f"two runs are {variant!r} with seed {seed}, {run.key} is one: they differ in what "
+                "a variant does not name, so compare them apart"
+            )
+        measured[seed] = _row(stored, measure)
+    return {seed: row for seed, row in measured.items() if row is not None}

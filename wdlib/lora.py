@@ -387,10 +387,10 @@ def initial_spectra(peft_model: "PeftModel") -> dict[str, Spectra]:
 
 def _relative_norm(layer: "LoraLayer") -> float:
     """||scaling B A|| / ||W||, from r x r products: ||B A||^2 = <B^T B, A A^T>."""
-    a = layer.lora_A[ADAPTER].weight.detach().double()
-    b = layer.lora_B[ADAPTER].weight.detach().double()
+    a = layer.lora_A[ADAPTER].weight.detach().cpu().double()
+    b = layer.lora_B[ADAPTER].weight.detach().cpu().double()
     square = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
-    size = layer.get_base_layer().weight.detach().double().norm()
+    size = layer.get_base_layer().weight.detach().cpu().double().norm()
     return float(layer.scaling[ADAPTER] * square.sqrt() / size)
 
 
@@ -669,7 +669,7 @@ def _report(
         known, draw = weights.named(f"{name}.weight", _architecture(peft_model)), draws.get(name)
         kind = known[1][0]
         sigma_a, sigma_b = (
-            float(factors[ADAPTER].weight.detach().double().std(correction=0))
+            float(factors[ADAPTER].weight.detach().cpu().double().std(correction=0))
             for factors in (layer.lora_A, layer.lora_B)
         )
         chosen = (None, None, None, None)

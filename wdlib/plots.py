@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from wdlib import TYPES, characterize, fits, models, paper, paths, rivals
+from wdlib.stats import wilson
 
 COLORS = {
     "q": "#1b4f8a",
@@ -275,7 +276,7 @@ def size_table(sizes: pd.DataFrame) -> pd.DataFrame:
     for test, column in {"independent draws": "iid", "shared vectors": "vectors"}.items():
         for case in sizes.itertuples():
             rate, n = getattr(case, f"rejected_{column}"), case.repetitions
-            low, high = stats.binomtest(round(rate * n), n).proportion_ci(method="wilson")
+            low, high = wilson(round(rate * n), n)
             rows.append((f"{case.dependence}, {case.vectors} vectors", test, rate, low, high))
     return pd.DataFrame(rows, columns=["case", "test", "rate", "low", "high"])
 

@@ -99,7 +99,7 @@ def run_notebook(
     """
     notebook, output, parameters = Path(notebook), Path(output).absolute(), dict(parameters or {})
     _check(declared_parameters(notebook), parameters)
-    failed = paths.CACHE / "executed" / f"{notebook.stem}.failed.ipynb"
+    failed = paths.CACHE / "executed" / f"{output.stem}.failed.ipynb"
     failed.parent.mkdir(parents=True, exist_ok=True)
     executed = _execute(notebook, parameters, failed, on_cell)
     failed.unlink(missing_ok=True)
@@ -112,9 +112,9 @@ def figures(
     """Run every numbered notebook whose figures are out of date (or all with `force`).
 
     Figures are out of date when a notebook's source, the package, the lock file, the catalogue,
-    stored spectra or results have changed since they were drawn, or when a figure itself has
-    changed or gone. The executed copies go to the cache. `only` narrows to notebooks whose name
-    starts so.
+    stored spectra, results or grids of experiments have changed since they were drawn, or when a
+    figure itself has changed or gone. The executed copies go to the cache. `only` narrows to
+    notebooks whose name starts so.
 
     Raises: WdlibError as `run_notebook` does, at the first notebook that fails.
     """
@@ -359,6 +359,7 @@ def _sources(notebook: Path) -> str:
     package = Path(__file__).parent
     files = [*package.glob("*.py"), *package.glob("*.mplstyle")]
     files += [*paths.SPECTRA.rglob("*"), *paths.RESULTS.rglob("*")]
+    files += [*(paths.DATA / "experiments").glob("*.yaml")]
     files += [path for path in (paths.CATALOGUE, paths.ROOT / "requirements.lock") if path.exists()]
     cells = [(cell.cell_type, cell.source) for cell in _read(notebook).cells]
     parts = [(path.name, _digest(path.read_bytes())) for path in sorted(files) if path.is_file()]

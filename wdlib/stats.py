@@ -58,17 +58,6 @@ class Difference:
     level: float
 
 
-@dataclass(frozen=True)
-class SeedMean:
-    """Mean of one number per seed, its t interval, and the standard deviation between seeds."""
-
-    mean: float
-    low: float
-    high: float
-    deviation: float
-    seeds: int
-
-
 def wilson(
     successes: np.ndarray | int, n: np.ndarray | int, *, level: float = LEVEL
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -194,22 +183,6 @@ def _seed_variances(
     squares = items * (by_seed**2).sum(), (rest**2).sum()
     draws = [s / rng.chisquare(f, replicates) for s, f in zip(squares, freedom, strict=True)]
     return np.maximum(draws[0] - draws[1], 0) / (seeds * items)
-
-
-def over_seeds(values: np.ndarray, *, level: float = LEVEL) -> SeedMean:
-    """Mean over seeds with its t interval.
-
-    Arguments: values (seeds,), one number for each seed. The interval speaks for other seeds on the
-    same items.
-    Raises: WdlibError for fewer than two values.
-    """
-    _check_shares(level=level)
-    values = np.asarray(values, float)
-    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
-        raise WdlibError("a spread over seeds needs two finite values at least: give one per seed")
-    mean, deviation = float(values.mean()), float(values.std(ddof=1))
-    half = float(stats.t.isf((1 - level) / 2, len(values) - 1)) * deviation / sqrt(len(values))
-    return SeedMean(mean, mean - half, mean + half, deviation, len(values))
 
 
 @overload

@@ -101,7 +101,9 @@ DATA = {
     ),
 }
 """Alpaca instructions answered by GPT-4 (LLaMA-Factory's sample), arithmetic word problems
-(LLM-Adapters), and the training questions of ARC-Challenge as instructions."""
+(LLM-Adapters), and the training questions of ARC-Challenge as instructions. The stored runs on
+"math" had an earlier version of the file, with other words around the same answers: their hash
+differs, and `experiments` does not mix the two."""
 
 CHOICE_INSTRUCTION = "Choose the correct answer to the question."
 
@@ -353,6 +355,8 @@ class Run:
             unknown = set(given) - {f.name for f in fields(kind)}
             if unknown:
                 raise WdlibError(f"a run has no setting {sorted(unknown)[0]!r}: correct its name")
+        _check_types(cls, content)
+        _check_types(Hyperparameters, hyperparameters)
         if "targets" in hyperparameters:
             hyperparameters["targets"] = tuple(hyperparameters["targets"])
         return cls(**content, hyperparameters=Hyperparameters(**hyperparameters))
@@ -373,6 +377,19 @@ class Run:
         return paths.RESULTS / "characterisation" / name
 
 
+def _check_types(kind: type, given: dict[str, Any]) -> None:
+    """Numbers must be numbers: YAML reads 2e-4, without a point, as a text."""
+    for f in fields(kind):
+        wanted = type(f.default)
+        if f.name not in given or wanted not in (bool, int, float):
+            continue
+        if type(given[f.name]) not in ((int, float) if wanted is float else (wanted,)):
+            raise WdlibError(
+                f"{f.name} must be of type {wanted.__name__}, not {given[f.name]!r} (a number like "
+                "2e-4 needs a point in YAML: 2.0e-4)"
+            )
+
+
 def _changed(value: Any) -> dict[str, Any]:
     """The fields of a dataclass that are not as by default, nested ones too.
 
@@ -388,6 +405,15 @@ def _changed(value: Any) -> dict[str, Any]:
 
 
 # Training ----------------------------------------------------------------------------------------
+
+
+def process_state() -> Any:
+    """accelerate's view of the processes that train together, one without a launcher."""
+    import torch
+    from accelerate import PartialState
+
+    # Without a GPU, accelerate joins processes only if it is told so.
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def native_dtype() -> str:
@@ -434,10 +460,10 @@ def train(
         return folder
     begun = time.perf_counter()
     h = run.hyperparameters
-    workers = _workers()
-    if h.accumulation % workers.num_processes:
+    state = process_state()
+    if h.accumulation % state.num_processes:
         raise WdlibError(
-            f"{workers.num_processes} processes cannot share {h.accumulation} micro-batches: use a "
+            f"{state.num_processes} processes cannot share {h.accumulation} micro-batches: use a "
             "number that divides them"
         )
     rows = examples(run.data, folder=data_folder)
@@ -452,7 +478,7 @@ def train(
     plan = schedule(len(to_train), h.batch * h.accumulation, h.steps, run.seed)
     ordered = [to_train[i] for step in plan for i in _by_length(step, to_train)]
 
-    model, report = loaded.model.to(workers.device), None
+    model, report = loaded.model.to(state.device), None
     if run.init != UNTRAINED:
         model, report = lora.attach(
             model,
@@ -461,7 +487,7 @@ def train(
             settings=lora.LoraSettings(h.rank, h.alpha, h.dropout, h.targets),
             b_scale=run.b_scale,
             seed=run.seed,
-            **_eva_batches(run, ordered, workers.device),
+            **_eva_batches(run, ordered, state.device),
         )
     dtype = native_dtype() if h.dtype == "auto" else h.dtype
     _cast_frozen(model, dtype, everything=run.init == UNTRAINED)
@@ -471,7 +497,7 @@ def train(
     if run.init != UNTRAINED:
         curve = _fit(model, ordered, run, folder=folder, save_every=save_every)
         after = held_out_loss(model, held_out)
-    if workers.is_main_process:
+    if state.is_main_process:
         if run.init != UNTRAINED:
             lora.export(model, folder / "adapter")
         content = {
@@ -485,13 +511,13 @@ def train(
             "model": _model_facts(loaded.checkpoint),
             "hashes": {
                 "model": models.content_hash(loaded.checkpoint),
-                "data": _data_hash(rows),
+                "data": data_hash(rows),
                 "characterisation": _file_hash(characterisation) if characterisation else None,
                 "adapter": _file_hash(folder / ADAPTER_FILE) if run.init != UNTRAINED else None,
             },
             "initialisation": asdict(report) if report else None,
             "versions": versions(),
-            "machine": _machine(workers),
+            "machine": _machine(state),
             "seconds": {
                 "preparation": prepared,
                 "steps": sum(step["seconds"] for step in curve),
@@ -502,17 +528,8 @@ def train(
         with paths.whole(folder / _RESULT) as part:
             part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    workers.wait_for_everyone()
+    state.wait_for_everyone()
     return folder
-
-
-def _workers() -> Any:
-    """The processes that train together: one, or those that `accelerate launch` started."""
-    import torch
-    from accelerate import PartialState
-
-    # Without a GPU, accelerate joins processes only if it is told so.
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _claim(run: Run, folder: Path) -> None:
@@ -592,7 +609,7 @@ def held_out_loss(
                 losses = torch.nn.functional.cross_entropy(
                     row[:-1][counted].float(), labels[1:][counted], reduction="none"
                 )
-                sums[i], tokens[i] = float(losses.double().sum()), int(counted.sum())
+                sums[i], tokens[i] = float(losses.cpu().double().sum()), int(counted.sum())
     model.train(training)
     return {"loss": sum(sums) / sum(tokens), "sums": sums, "tokens": tokens}
 
@@ -670,31 +687,34 @@ def _trainer(
 
     h = run.hyperparameters
     with pretrained.quiet():
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=h.steps,
+            per_device_train_batch_size=h.batch,
+            gradient_accumulation_steps=h.accumulation // process_state().num_processes,
+            learning_rate=h.learning_rate,
+            weight_decay=h.weight_decay,
+            max_grad_norm=h.max_grad_norm,
+            lr_scheduler_type="linear",
+            warmup_steps=h.warmup_steps,
+            optim="adamw_torch",
+            seed=run.seed,
+            train_sampling_strategy="sequential",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_steps=save_every,
+            save_total_limit=2,  # one is whole while the other is being written
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            ddp_find_unused_parameters=False,
+        )
+        # Several GPUs without a launcher would each take a batch, which is another run.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
         trainer = AdapterTrainer(
             model,
-            TrainingArguments(
-                output_dir=str(folder),
-                max_steps=h.steps,
-                per_device_train_batch_size=h.batch,
-                gradient_accumulation_steps=h.accumulation // _workers().num_processes,
-                learning_rate=h.learning_rate,
-                weight_decay=h.weight_decay,
-                max_grad_norm=h.max_grad_norm,
-                lr_scheduler_type="linear",
-                warmup_steps=h.warmup_steps,
-                optim="adamw_torch",
-                seed=run.seed,
-                train_sampling_strategy="sequential",
-                logging_steps=1,
-                logging_nan_inf_filter=False,
-                save_steps=save_every,
-                save_total_limit=2,  # one is whole while the other is being written
-                report_to="none",
-                disable_tqdm=True,
-                remove_unused_columns=False,
-                dataloader_pin_memory=False,
-                ddp_find_unused_parameters=False,
-            ),
+            arguments,
             train_dataset=ordered,
             data_collator=pad,
             callbacks=[Watch()],
@@ -727,13 +747,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def _machine(workers: Any) -> dict[str, Any]:
+def _machine(state: Any) -> dict[str, Any]:
     import torch
 
     return {
         "platform": f"{sys.platform} {platform.machine()}",
-        "device": str(workers.device),
-        "processes": workers.num_processes,
+        "device": str(state.device),
+        "processes": state.num_processes,
         "threads": torch.get_num_threads(),
     }
 
@@ -758,7 +778,7 @@ def _data_facts(
     }
 
 
-def _data_hash(rows: Sequence[Example]) -> str:
+def data_hash(rows: Sequence[Example]) -> str:
     lines = "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
     return hashlib.sha256(lines.encode()).hexdigest()
 
