@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -384,11 +385,16 @@ def test_two_processes_give_the_losses_of_one(run, home, tmp_path):
 
 
 def test_several_gpus_without_a_launcher_do_not_enlarge_a_batch(run, home, tmp_path, monkeypatch):
-    def two_gpus(arguments):
-        arguments._n_gpu = 2
-        return torch.device("cpu")
+    devices = TrainingArguments.__dict__["_setup_devices"].func
 
-    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(two_gpus))
+    def two_gpus(arguments):
+        device = devices(arguments)
+        arguments._n_gpu = 2
+        return device
+
+    once = cached_property(two_gpus)
+    once.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", once)
     model = pretrained.load(run.model).model
     trainer = training._trainer(model, [], run, folder=tmp_path, save_every=1)
     assert trainer.args.train_batch_size == run.hyperparameters.batch
