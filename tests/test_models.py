@@ -143,6 +143,15 @@ def test_missing_shard_and_broken_index(tmp_path):
             models.resolve(tmp_path)
 
 
+def test_shards_beside_a_whole_file_are_refused_unless_they_are_it(tmp_path):
+    touch(tmp_path, "model.safetensors", "a.safetensors")
+    write_index(tmp_path, "a.safetensors")
+    with pytest.raises(WdlibError, match=r"model\.safetensors and .*index\.json, which names other"):
+        models.resolve(tmp_path)
+    write_index(tmp_path, "model.safetensors")
+    assert models.resolve(tmp_path).files == (tmp_path / "model.safetensors",)
+
+
 @pytest.mark.parametrize("name", ["a.bin", "a.pt", "a.pth", "a.ckpt"])
 def test_pickles_are_not_opened(tmp_path, name):
     touch(tmp_path, name)

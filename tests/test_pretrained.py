@@ -85,6 +85,35 @@ def test_weights_without_a_configuration_are_refused(tiny):
         pretrained.load(tiny)
 
 
+def test_weights_in_whose_place_others_would_be_loaded_are_refused(tiny):
+    """transformers picks the file of a folder by its name."""
+    whole, other = tiny / "model.safetensors", tiny / "ema.safetensors"
+    other.write_bytes(whole.read_bytes())
+    message = "would not read ema.safetensors alone from .*: put it as model.safetensors"
+    assert pretrained.load(whole).checkpoint.files == (whole,)
+    with pytest.raises(WdlibError, match=message):
+        pretrained.load(other)
+    with pytest.raises(WdlibError, match=message):
+        pretrained.configuration(other)
+    whole.unlink()
+    with pytest.raises(WdlibError, match=message):
+        pretrained.load(tiny)
+
+
+def test_one_shard_of_several_is_refused(tiny, tmp_path):
+    LlamaForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path / "cut", max_shard_size="5KB")
+    one, *others = pretrained.load(tmp_path / "cut").checkpoint.files
+    assert others
+    with pytest.raises(WdlibError, match=f"would not read {one.name} alone"):
+        pretrained.load(one)
+
+
+def test_an_adapter_beside_the_weights_is_refused(tiny):
+    (tiny / "adapter_config.json").write_text("{}")
+    with pytest.raises(WdlibError, match=r"adapter_config\.json.*give a folder without it"):
+        pretrained.load(tiny)
+
+
 def test_an_encoder_is_refused(tiny):
     (tiny / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(WdlibError, match="cannot load tiny as a causal language model"):

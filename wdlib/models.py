@@ -28,6 +28,9 @@ from wdlib.remote import RemoteFile
 DEFAULT = "smollm2-135m-instruct"
 """The model that everything runs on unless another is named."""
 
+INDEX = "model.safetensors.index.json"
+"""The file that says in which shard a tensor lies."""
+
 _FORMATS = (".safetensors", ".gguf")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-]")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
@@ -231,18 +234,24 @@ def _convert(path: Path) -> str:
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
     """The files with the weights in a folder: all shards, or the one safetensors or GGUF file."""
-    index = folder / "model.safetensors.index.json"
+    whole, index = folder / "model.safetensors", folder / INDEX
     if index.is_file():
-        return _shards(index)
-    if (folder / "model.safetensors").is_file():
-        return (folder / "model.safetensors",)
+        joined = shards(index)
+        if whole.is_file() and joined != (whole,):
+            raise WdlibError(
+                f"{folder} holds {whole.name} and {index.name}, which names other files: put one "
+                "of the two into a folder of its own, with config.json, and give that."
+            )
+        return joined
+    if whole.is_file():
+        return (whole,)
     found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
     if len(found) == 1:
         return (found[0],)
     if found:
         raise WdlibError(
             f"{folder} holds {len(found)} files with weights ({found[0].name}, {found[1].name}, "
-            "...) and no model.safetensors.index.json that joins them: give one of the files."
+            f"...) and no {INDEX} that joins them: give one of the files."
         )
     for path in sorted(folder.iterdir()):
         if path.suffix in _PICKLES:
@@ -250,7 +259,8 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     raise WdlibError(f"{folder} holds no .safetensors or .gguf file: give the model's folder.")
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
+def shards(index: Path) -> tuple[Path, ...]:
+    """The files that a safetensors index names, in order, all of which have to be there."""
     names = _shard_names(index, index.read_bytes())
     for name in names:
         if not (index.parent / name).is_file():
@@ -320,7 +330,7 @@ def _on_hub(model: str) -> Checkpoint:
             "@revision after it for another than the newest."
         )
     there = remote.files(hub_id, revision or None)
-    index = there.get("model.safetensors.index.json")
+    index = there.get(INDEX)
     if index:
         names = _shard_names(index, index.read(0, index.size))
     else:
@@ -328,8 +338,8 @@ def _on_hub(model: str) -> Checkpoint:
         names = [n for n in names if n == "model.safetensors"] or names
     if (not index and len(names) != 1) or not there.keys() >= set(names):
         raise WdlibError(
-            f"The hub's {hub_id} has no model.safetensors, and no model.safetensors.index.json "
-            "whose files are all there: choose another repository of the model."
+            f"The hub's {hub_id} has no model.safetensors, and no {INDEX} whose files are all "
+            "there: choose another repository of the model."
         )
     files = tuple(there[n] for n in names)
     name = known.name if known else hub_id.rsplit("/", 1)[-1]

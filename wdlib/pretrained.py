@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wdlib import WdlibError
-from wdlib.models import Checkpoint, resolve
+from wdlib.models import INDEX, Checkpoint, resolve, shards
 from wdlib.weights import gguf_header
 
 if TYPE_CHECKING:
@@ -55,8 +55,9 @@ def load(model: str | Path | Checkpoint, *, dtype: str = "float32") -> Pretraine
     Weights of a GGUF file are dequantised into an ordinary model, which can be saved and trained.
 
     Arguments: dtype, of the weights in memory: "float32", "bfloat16" or "float16".
-    Raises: WdlibError as `resolve` does, for an unknown dtype, and for files without config.json
-    or of an architecture that transformers does not know as a causal language model.
+    Raises: WdlibError as `resolve` does, for an unknown dtype, for files without config.json, of an
+    architecture that transformers does not know as a causal language model, or beside others that
+    transformers would read in their place or with them.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -156,7 +157,25 @@ def _source(checkpoint: Checkpoint) -> tuple[Path, dict[str, str]]:
         raise WdlibError(
             f"{folder} holds weights but no config.json: give the model's whole folder"
         )
+    if (folder / "adapter_config.json").is_file():
+        raise WdlibError(
+            f"{folder} holds adapter_config.json, and transformers would load the adapter with the "
+            "weights: give a folder without it"
+        )
+    if not gguf and set(checkpoint.files) != _read_from(folder):
+        raise WdlibError(
+            f"transformers would not read {file.name} alone from {folder}: put it as "
+            "model.safetensors into a folder of its own, with config.json"
+        )
     return folder, gguf
+
+
+def _read_from(folder: Path) -> set[Path]:
+    """The safetensors files that transformers reads of a folder, by their names."""
+    whole, index = folder / "model.safetensors", folder / INDEX
+    if whole.is_file():
+        return {whole}
+    return set(shards(index)) if index.is_file() else set()
 
 
 @contextlib.contextmanager
