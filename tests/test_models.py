@@ -146,7 +146,9 @@ def test_missing_shard_and_broken_index(tmp_path):
 def test_shards_beside_a_whole_file_are_refused_unless_they_are_it(tmp_path):
     touch(tmp_path, "model.safetensors", "a.safetensors")
     write_index(tmp_path, "a.safetensors")
-    with pytest.raises(WdlibError, match=r"model\.safetensors and .*index\.json, which names other"):
+    with pytest.raises(
+        WdlibError, match=r"model\.safetensors and .*index\.json, which names other"
+    ):
         models.resolve(tmp_path)
     write_index(tmp_path, "model.safetensors")
     assert models.resolve(tmp_path).files == (tmp_path / "model.safetensors",)

@@ -1,5 +1,7 @@
 """Models for transformers, from GGUF files and from folders."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -117,6 +119,24 @@ def test_an_adapter_beside_the_weights_is_refused(tiny):
 def test_an_encoder_is_refused(tiny):
     (tiny / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(WdlibError, match="cannot load tiny as a causal language model"):
+        pretrained.load(tiny)
+
+
+@pytest.mark.parametrize("reads", [pretrained.load, pretrained.configuration])
+def test_code_that_comes_with_a_model_is_not_run_even_if_one_would_agree(reads, tiny, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (tiny / "own.py").write_text("raise SystemExit('ran')\n")
+    classes = {"AutoConfig": "own.A", "AutoModelForCausalLM": "own.B"}
+    (tiny / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": classes}))
+    with pytest.raises(WdlibError, match="code that comes with it, which is never run here"):
+        reads(tiny)
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_run(tiny, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (tiny / "own.py").write_text("raise SystemExit('ran')\n")
+    (tiny / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.A", null]}}')
+    with pytest.raises(WdlibError, match="code that comes with it, which is never run here"):
         pretrained.load(tiny)
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 DIGIT_SPLITTING = ("smollm",)
 """Values of a GGUF file's `tokenizer.ggml.pre` whose tokenizers make each digit a token."""
 
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -68,7 +70,7 @@ def load(model: str | Path | Checkpoint, *, dtype: str = "float32") -> Pretraine
     folder, gguf = _source(checkpoint)
     with _reading(checkpoint):
         loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, **gguf
+            folder, dtype=getattr(torch, dtype), **_LOCAL, **gguf
         )
         tokenizer = _tokenizer(folder, gguf)
     if gguf:
@@ -88,7 +90,7 @@ def configuration(model: str | Path) -> "PretrainedConfig":
     checkpoint = resolve(model)
     folder, gguf = _source(checkpoint)
     with _reading(checkpoint):
-        return AutoConfig.from_pretrained(folder, local_files_only=True, **gguf)
+        return AutoConfig.from_pretrained(folder, **_LOCAL, **gguf)
 
 
 def miniature(
@@ -186,6 +188,11 @@ def _reading(checkpoint: Checkpoint) -> Iterator[None]:
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
             yield
     except (ValueError, KeyError, OSError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise WdlibError(
+                f"{checkpoint.name} needs code that comes with it, which is never run here: give a "
+                "model of an architecture that transformers itself has"
+            ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WdlibError(
             f"transformers cannot load {checkpoint.name} as a causal language model ({reason}): "
@@ -198,7 +205,7 @@ def _tokenizer(folder: Path, gguf: dict[str, str]) -> "PreTrainedTokenizerBase |
 
     if not gguf and not any(folder.glob("tokenizer*")):
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, **gguf)
+    return AutoTokenizer.from_pretrained(folder, **_LOCAL, **gguf)
 
 
 def _plain(loaded: "PreTrainedModel") -> "PreTrainedModel":
