@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import struct
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -152,7 +153,22 @@ ARCHITECTURES = {
         "model.layers",
         {key: LLAMA_NAMES[key] for key in "qkvo"},
     ),
+    "glm4-moe": (
+        T.Glm4MoeForCausalLM,
+        T.Glm4MoeConfig,
+        ROUTED | {"head_dim": 8, "n_routed_experts": 3, "first_k_dense_replace": 1},
+        "model.layers",
+        {key: LLAMA_NAMES[key] for key in "qkvo"},
+    ),
+    "hunyuan-moe": (
+        T.HunYuanMoEV1ForCausalLM,
+        T.HunYuanMoEV1Config,
+        ROUTED | {"head_dim": 8, "moe_topk": 2},
+        "model.layers",
+        {key: LLAMA_NAMES[key] for key in "qkvo"},
+    ),
 }
+SHARED = {"qwen2-moe": "shared_expert", "glm4-moe": "shared_experts", "hunyuan-moe": "shared_mlp"}
 
 
 def make(name: str) -> torch.nn.Module:
@@ -186,9 +202,8 @@ def own_weights(name: str, model: torch.nn.Module) -> dict[tuple, np.ndarray]:
                 wanted[layer, "gate", expert] = gate.numpy()
                 wanted[layer, "up", expert] = up.numpy()
                 wanted[layer, "down", expert] = experts.down_proj[expert].detach().numpy()
-        dense = getattr(getattr(block, "mlp", None), "shared_expert", None)
-        if name == "qwen2-moe":
-            dense = dense or block.mlp
+        if name in SHARED:
+            dense = getattr(block.mlp, SHARED[name], block.mlp)
             for kind in ("gate", "up", "down"):
                 wanted[layer, kind, None] = as_linear(getattr(dense, f"{kind}_proj"))
     return wanted
@@ -380,10 +395,19 @@ def test_experts_in_one_tensor(saved, tmp_path):
         np.testing.assert_array_equal(apart[key], together[key])
 
 
-def test_the_shared_expert_counts_as_the_dense_matrix(saved):
-    entries = weights.inventory(saved("qwen2-moe")[0])
+@pytest.mark.parametrize("name", ["qwen2-moe", "glm4-moe"])
+def test_the_shared_expert_counts_as_the_dense_matrix(saved, name):
+    entries = weights.inventory(saved(name)[0])
     assert [e.expert for e in entries if e.layer == 0 and e.type == "up"] == [None]
     assert [e.expert for e in entries if e.layer == 1 and e.type == "up"] == [None, 0, 1, 2]
+
+
+def test_a_shared_expert_lacks_a_matrix(saved, tmp_path):
+    folder = Path(shutil.copytree(saved("glm4-moe")[0], tmp_path / "moe"))
+    lost = "model.layers.1.mlp.shared_experts.down_proj.weight"
+    rewrite(folder, lambda t: {k: v for k, v in t.items() if k != lost})
+    with pytest.raises(WdlibError, match="Layer 1 of moe has no down of some expert"):
+        weights.inventory(folder)
 
 
 # GGUF --------------------------------------------------------------------------------------------
@@ -506,7 +530,8 @@ def test_gguf_of_other_architectures_keeps_the_order_of_rows(tmp_path):
             np.testing.assert_array_equal(found[layer, kind, None], wanted)
 
 
-def test_fused_gguf(tmp_path):
+@pytest.mark.parametrize("architecture", ["phi3", "glm4", "chatglm", "plamo2", "plamo3"])
+def test_fused_gguf(architecture, tmp_path):
     tensors = llama_tensors(np.random.default_rng(2))
     fused = {}
     for n in (0, 1):
@@ -515,11 +540,21 @@ def test_fused_gguf(tmp_path):
         fused[f"blk.{n}.attn_output.weight"] = old["o"]
         fused[f"blk.{n}.ffn_up.weight"] = np.concatenate([old["gate"], old["up"]])
         fused[f"blk.{n}.ffn_down.weight"] = old["down"]
-    found = read(write_gguf(tmp_path / "tiny.gguf", "phi3", fused))
+    found = read(write_gguf(tmp_path / "tiny.gguf", architecture, fused))
     for layer in (0, 1):
         for kind, name in GGUF_NAMES.items():
             wanted = tensors[f"blk.{layer}.{name}.weight"]
             np.testing.assert_array_equal(found[layer, kind, None], wanted)
+
+
+def test_gate_and_up_joined_where_no_rule_says_so_are_refused(tmp_path):
+    tensors = llama_tensors(np.random.default_rng(2))
+    for n in (0, 1):
+        gate, up = tensors.pop(f"blk.{n}.ffn_gate.weight"), f"blk.{n}.ffn_up.weight"
+        tensors[up] = np.concatenate([tensors[up], gate])
+    path = write_gguf(tmp_path / "tiny.gguf", "neo-bert", tensors)
+    with pytest.raises(WdlibError, match=r"ffn_up\.weight .* 96 rows.* 48 columns: it joins gate"):
+        weights.inventory(path)
 
 
 @pytest.mark.parametrize("form", ["one tensor", "gate and up joined", "a tensor each"])
@@ -569,7 +604,7 @@ def supported() -> list[Quant]:
 def test_every_quantisation_is_dequantised_as_gguf_does(kind, tmp_path):
     """With gate above up in one tensor, so that quantised rows are also read in part."""
     rng = np.random.default_rng(4)
-    shapes = {"attn_qkv": (1024, 256), "attn_output": (256, 512), "ffn_up": (96, 256)}
+    shapes = {"attn_qkv": (1024, 256), "attn_output": (256, 512), "ffn_up": (512, 256)}
     shapes["ffn_down"] = (256, 256)
     tensors = {
         f"blk.0.{name}.weight": random_bytes(rng, kind, *shape) for name, shape in shapes.items()
@@ -580,7 +615,7 @@ def test_every_quantisation_is_dequantised_as_gguf_does(kind, tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", "phi3", pairs, fields)
     found = read(path)
     qkv, up = whole["blk.0.attn_qkv.weight"], whole["blk.0.ffn_up.weight"]
-    wanted = {"q": qkv[:512], "k": qkv[512:768], "v": qkv[768:], "gate": up[:48], "up": up[48:]}
+    wanted = {"q": qkv[:512], "k": qkv[512:768], "v": qkv[768:], "gate": up[:256], "up": up[256:]}
     wanted |= {"o": whole["blk.0.attn_output.weight"], "down": whole["blk.0.ffn_down.weight"]}
     for key, matrix in wanted.items():
         np.testing.assert_array_equal(found[0, key, None], matrix, err_msg=key)
@@ -747,6 +782,27 @@ def test_names_that_do_not_fit(llama, change, message):
         weights.inventory(llama)
 
 
+PACKED = {
+    "bitsandbytes": lambda q: {"weight": np.zeros((512, 1), np.uint8), "weight.absmax": q[0]},
+    "bitsandbytes, stored as float": lambda q: {"weight": q.reshape(-1, 1), "weight.absmax": q[0]},
+    "MLX": lambda q: {"weight": q[:, :4].astype(np.uint32), "scales": q[:, :1], "biases": q[:, :1]},
+}
+
+
+@pytest.mark.parametrize("by", PACKED)
+def test_quantised_weights_of_another_shape_are_called_so(llama, by):
+    def pack(tensors):
+        found = {k: v for k, v in tensors.items() if "_proj" not in k}
+        for name in tensors.keys() - found.keys():
+            packed = PACKED[by](tensors[name])
+            found |= {name.replace("weight", end): data for end, data in packed.items()}
+        return found
+
+    rewrite(llama, pack)
+    with pytest.raises(WdlibError, match="holds quantised weights .*: use the unquantised check"):
+        weights.inventory(llama)
+
+
 def test_an_expert_is_missing(saved, tmp_path):
     folder = Path(shutil.copytree(saved("mixtral")[0], tmp_path / "moe"))
     lost = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
@@ -793,6 +849,8 @@ def test_stacks_beyond_the_decoder_are_left_out(llama):
     assert {e.layer for e in weights.inventory(llama)} == {0}
     (llama / "config.json").write_text(json.dumps({"text_config": {"num_hidden_layers": 1}}))
     assert {e.layer for e in weights.inventory(llama)} == {0}
+    (llama / "config.json").write_text(json.dumps(config | {"text_config": None}))
+    assert {e.layer for e in weights.inventory(llama)} == {0, 1}
     tensors, more = llama_tensors(np.random.default_rng(10)), {"nextn_predict_layers": 1}
     path = write_gguf(llama / "tiny.gguf", "glm4moe", tensors, more)
     assert {e.layer for e in weights.inventory(path)} == {0}
@@ -814,6 +872,10 @@ def tiny_gguf(tmp_path):
         (lambda raw: raw[:24] + b"\xff" * 8 + raw[32:], "header of .* is truncated or corrupt"),
         (lambda raw: raw[:8] + b"\xff" * 16 + raw[24:], "header of .* is truncated or corrupt"),
         (lambda raw: raw[:-2000], r"truncated: the tensor blk\.1\.ffn_"),
+        (
+            lambda raw: raw.replace(struct.pack("<Q", 10) + b"token 0", b"\xff" * 15),
+            "header of .* is truncated or corrupt",
+        ),
     ],
 )
 def test_damaged_gguf(tiny_gguf, change, message):
@@ -871,6 +933,13 @@ def save_llama(path, layers):
         for name in names
     }
     save_file(tensors, path)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3e4])
+def test_values_that_are_all_equal_have_no_distribution(value, tmp_path):
+    save_llama(tmp_path / "flat.safetensors", [np.full((64, 64), value, np.float32)] * 2)
+    with pytest.raises(WdlibError, match="values of type q of flat are all equal"):
+        weights.value_distributions(tmp_path / "flat.safetensors")
 
 
 def test_requantising_is_what_gguf_does_and_keeps_the_rest():

@@ -36,8 +36,8 @@ class Entry:
 
     `layer` counts from 0; `type` is one of `wdlib.TYPES`; `name` is the tensor's name in the file;
     `shape` is (d_out, d_in); `dtype` is the stored one ("BF16", "Q4_1", ...). `expert` is None for
-    a matrix that every token passes (a dense layer, or the shared expert of Qwen2-MoE) and the
-    expert's number for a routed one.
+    a matrix that every token passes (a dense layer, or the shared experts beside routed ones) and
+    the expert's number for a routed one.
     """
 
     layer: int
@@ -98,7 +98,9 @@ _BERT = r"(?:bert\.|roberta\.)?encoder\.layer\.(?P<layer>\d+)\."
 _DISTILBERT = r"(?:distilbert\.)?transformer\.layer\.(?P<layer>\d+)\."
 _GGUF = r"blk\.(?P<layer>\d+)\."
 _EXPERT = r"(?P<expert>\d+)\."
+_SHARED = r"mlp\.shared_(?:experts?|mlp)\."
 _FUSED_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+_GATE_ABOVE_UP = ("phi3", "glm4", "chatglm", "plamo2", "plamo3")
 
 RULES = (
     # Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3, SmolLM; Phi-3 (fused)
@@ -111,13 +113,13 @@ RULES = (
     Rule(_DECODER + r"mlp\.up_proj\.weight", ("up",)),
     Rule(_DECODER + r"mlp\.down_proj\.weight", ("down",)),
     Rule(_DECODER + r"mlp\.gate_up_proj\.weight", ("gate", "up")),
-    # Qwen2-MoE, Qwen3-MoE: one tensor per expert, or all experts in one
+    # Qwen2-MoE, Qwen3-MoE, GLM-4.5-MoE, Hunyuan-MoE: a tensor per expert, or all experts in one
     Rule(_DECODER + r"mlp\.experts\." + _EXPERT + r"gate_proj\.weight", ("gate",)),
     Rule(_DECODER + r"mlp\.experts\." + _EXPERT + r"up_proj\.weight", ("up",)),
     Rule(_DECODER + r"mlp\.experts\." + _EXPERT + r"down_proj\.weight", ("down",)),
-    Rule(_DECODER + r"mlp\.shared_expert\.gate_proj\.weight", ("gate",)),
-    Rule(_DECODER + r"mlp\.shared_expert\.up_proj\.weight", ("up",)),
-    Rule(_DECODER + r"mlp\.shared_expert\.down_proj\.weight", ("down",)),
+    Rule(_DECODER + _SHARED + r"gate_proj\.weight", ("gate",)),
+    Rule(_DECODER + _SHARED + r"up_proj\.weight", ("up",)),
+    Rule(_DECODER + _SHARED + r"down_proj\.weight", ("down",)),
     Rule(_DECODER + r"mlp\.experts\.gate_up_proj", ("gate", "up"), "linear", _FUSED_EXPERTS),
     Rule(_DECODER + r"mlp\.experts\.down_proj", ("down",), "linear", _FUSED_EXPERTS),
     # Mixtral
@@ -157,7 +159,7 @@ RULES = (
     Rule(_GGUF + r"attn_qkv\.weight", ("q", "k", "v")),
     Rule(_GGUF + r"attn_output\.weight", ("o",)),
     Rule(_GGUF + r"ffn_gate\.weight", ("gate",)),
-    Rule(_GGUF + r"ffn_up\.weight", ("gate", "up"), "linear", ("phi3",)),
+    Rule(_GGUF + r"ffn_up\.weight", ("gate", "up"), "linear", _GATE_ABOVE_UP),
     Rule(_GGUF + r"ffn_up\.weight", ("up",)),
     Rule(_GGUF + r"ffn_down\.weight", ("down",)),
     Rule(_GGUF + r"ffn_gate_(?:exps|shexp)\.weight", ("gate",)),
@@ -349,7 +351,7 @@ def value_distributions(
     The first pass sums powers in float64, the second counts in `bins` bins over +-`reach`
     standard deviations. One matrix is in memory at a time.
 
-    Raises WdlibError as `projections` does.
+    Raises WdlibError as `projections` does, and for a type whose values are all equal.
     Source: arXiv 2509.19122, figures 1 and 2.
     """
     checkpoint = _checkpoint(model)
@@ -358,7 +360,11 @@ def value_distributions(
         x = p.matrix.astype(np.float64).ravel()
         square = x * x
         sums[p.type] += [x.size, x.sum(), square.sum(), square @ x, square @ square]
-    moments = {kind: _moments(sums[kind]) for kind in TYPES if kind in sums}
+    moments = {
+        kind: _moments(sums[kind], f"type {kind} of {checkpoint.name}")
+        for kind in TYPES
+        if kind in sums
+    }
     edges = np.linspace(-reach, reach, bins + 1)
     counts = {kind: np.zeros(bins) for kind in moments}
     for p in projections(checkpoint):
@@ -372,11 +378,15 @@ def value_distributions(
     }
 
 
-def _moments(sums: np.ndarray) -> tuple[int, float, float, float]:
+def _moments(sums: np.ndarray, name: str) -> tuple[int, float, float, float]:
     """Number, mean, standard deviation and excess kurtosis from sums of powers 0 to 4."""
     n = int(sums[0])
     m1, m2, m3, m4 = sums[1:] / n
     variance = m2 - m1**2
+    if not variance > 1e-12 * m2:  # no more than rounding leaves
+        raise WdlibError(
+            f"the values of {name} are all equal, so they have no distribution: check the weights"
+        )
     fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
     return n, float(m1), float(np.sqrt(variance)), float(fourth / variance**2 - 3)
 
@@ -388,6 +398,7 @@ def _checkpoint(model: str | Path | Checkpoint) -> Checkpoint:
 def _plan(checkpoint: Checkpoint) -> list[Part]:
     """The pieces of tensors to read, in the order of `inventory`."""
     geometry, tensors = _headers(checkpoint)
+    _refuse_packed(tensors, geometry.architecture)
     parts = []
     for tensor in tensors.values():
         if found := _match(tensor.name, geometry.architecture):
@@ -421,16 +432,31 @@ def _match(name: str, architecture: str | None) -> tuple[Rule, dict[str, str | N
 
 
 _QUANTISED = re.compile(r".*\.(?:qweight|weight_packed|weight\.absmax|weight_scale|SCB)")
+_PACKED = re.compile(r"(.*\.weight)\.absmax|(.*)\.scales")
+"""What bitsandbytes and MLX put beside a tensor whose shape is no longer the matrix's."""
+
+
+def _refuse_packed(tensors: dict[str, Tensor], architecture: str | None) -> None:
+    """Refuse projections whose shape their quantisation has changed."""
+    for name, tensor in tensors.items():
+        if found := _PACKED.fullmatch(name):
+            packed = found[1] or f"{found[2]}.weight"
+            if packed in tensors and _match(packed, architecture):
+                raise _quantised(tensor)
+
+
+def _quantised(tensor: Tensor) -> WdlibError:
+    return WdlibError(
+        f"{tensor.file.name} holds quantised weights ({tensor.name}), which cannot be read from "
+        "safetensors: use the unquantised checkpoint or a GGUF file of the model."
+    )
 
 
 def _refuse_names(checkpoint: Checkpoint, geometry: _Geometry, tensors: dict[str, Tensor]) -> None:
     """Say why no tensor is a projection."""
     for name, tensor in tensors.items():
         if _QUANTISED.fullmatch(name):
-            raise WdlibError(
-                f"{tensor.file.name} holds quantised weights ({name}), which cannot be read from "
-                "safetensors: use the unquantised checkpoint or a GGUF file of the model."
-            )
+            raise _quantised(tensor)
     hint = "" if geometry.architecture else "put the model's config.json beside the file, or "
     raise WdlibError(
         f"No tensor of {checkpoint.name} has a name that is known as a projection (seen: "
@@ -490,12 +516,12 @@ def _check_complete(checkpoint: Checkpoint, geometry: _Geometry, entries: list[E
     experts = {entry.expert for entry in entries} - {None}
     number = max(found) + 1 if geometry.layers is None else geometry.layers
     for layer in range(number):
-        routed = any(entry.expert is not None for entry in found[layer]["up"])
+        mlp = {entry.expert for kind in _MLP for entry in found[layer][kind]} or {None}
+        if mlp - {None}:
+            mlp |= set(range(max(experts) + 1))
         for kind in types:
             there = found[layer][kind]
-            numbers = {entry.expert for entry in there} - {None}
-            wanted = set(range(max(experts) + 1)) if routed and kind in _MLP else set()
-            if not there or numbers != wanted:
+            if {entry.expert for entry in there} != (mlp if kind in _MLP else {None}):
                 what = f"{kind} of some expert" if there else kind
                 raise WdlibError(
                     f"Layer {layer} of {checkpoint.name} has no {what}: the checkpoint is "
@@ -513,6 +539,15 @@ def _check_complete(checkpoint: Checkpoint, geometry: _Geometry, entries: list[E
                 f"The tensor {entry.name} of {checkpoint.name} gives {entry.type} the shape "
                 f"{entry.shape}, which does not fit a hidden size of {width}: the rule in "
                 "wdlib/weights.py for its name is not right for this architecture."
+            )
+    inner = {(e.layer, e.expert): e for e in entries if e.type == "down"}
+    for entry in entries:
+        down = inner[entry.layer, entry.expert] if entry.type in ("gate", "up") else None
+        if down and entry.shape[0] != down.shape[1]:
+            raise WdlibError(
+                f"The tensor {entry.name} of {checkpoint.name} gives {entry.type} "
+                f"{entry.shape[0]} rows, and {down.name} has {down.shape[1]} columns: it joins "
+                "gate and up in a way that needs a row of its own in RULES of wdlib/weights.py."
             )
 
 
@@ -624,7 +659,7 @@ def _geometry_of_config(file: Path | RemoteFile | None) -> _Geometry:
     content = file.read(0, file.size) if isinstance(file, RemoteFile) else file.read_bytes()
     try:
         config = json.loads(content)
-        config = config.get("text_config", config)
+        config = config.get("text_config") or config
     except (ValueError, AttributeError) as error:
         raise WdlibError(f"{file} is not a model's configuration ({error}).") from error
 
@@ -730,7 +765,7 @@ def gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors, fields = cursor.scalar("Q"), cursor.scalar("Q")
             metadata = {cursor.text(): cursor.value(cursor.scalar("I")) for _ in range(fields)}
             table = [_gguf_tensor(cursor, path) for _ in range(tensors)]
-        except (struct.error, ValueError, KeyError, RecursionError) as error:
+        except (struct.error, ValueError, KeyError, OverflowError, RecursionError) as error:
             raise WdlibError(
                 f"The header of {path} is truncated or corrupt ({error}): download it again."
             ) from error
