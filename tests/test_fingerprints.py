@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from itertools import permutations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.numpy import save_file
 from scipy.stats import t as student_t
 from sklearn.metrics import adjusted_rand_score
 
-from wdlib import TYPES, WdlibError, cli, fingerprints, paths, spectra, weights
+from wdlib import TYPES, WdlibError, cli, fingerprints, models, paths, spectra, weights
 from wdlib.fingerprints import (
     COPY_THRESHOLD,
     Clusters,
@@ -340,6 +341,18 @@ def test_a_stored_fingerprint_comes_back_and_equal_ones_give_equal_bytes(saved, 
     path.write_text('{"model": "x"}')
     with pytest.raises(WdlibError, match=r"made-\w+\.json does not hold a fingerprint"):
         fingerprints.library()
+
+
+def test_a_folder_named_like_a_shipped_model_is_read(saved, house, monkeypatch):
+    monkeypatch.chdir(house)
+    shipped = fingerprints.compute(saved("made", matrices(0)), rank=8, k=3)
+    (house / models.DEFAULT).mkdir()
+    saved(f"{models.DEFAULT}/model", matrices(1))
+    fingerprints.save(shipped, paths.RESULTS / "fingerprints" / f"{models.DEFAULT}.json")
+    for model in (f"./{models.DEFAULT}", Path(models.DEFAULT), house / models.DEFAULT):
+        found = fingerprints.of(model, rank=8, k=3)
+        assert (found.model, found.family) == (models.DEFAULT, "")
+        assert found.provenance["sha256"] != shipped.provenance["sha256"]
 
 
 def test_a_shipped_fingerprint_is_not_stored_again(saved):

@@ -64,6 +64,19 @@ def test_catalogue_is_well_formed():
     assert len(set(hub_ids)) == len(hub_ids)
 
 
+def test_a_path_is_no_name_of_the_catalogue(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / models.DEFAULT).mkdir()
+    touch(tmp_path / models.DEFAULT, "model.safetensors")
+    row = models.catalogue()[models.DEFAULT]
+    assert models.known(models.DEFAULT) is row
+    stored = {"sha256": row.sources[0].sha256}
+    for path in (f"./{models.DEFAULT}", Path(models.DEFAULT), tmp_path / models.DEFAULT):
+        assert models.known(path) is None
+        assert models.resolve(path).source == f"folder {models.DEFAULT}"
+        assert not models.are_from(stored, path)
+
+
 def test_default_model_is_the_file_that_is_known():
     checkpoint = models.resolve(models.DEFAULT)
     assert checkpoint.name == "smollm2-135m-instruct"

@@ -1233,6 +1233,20 @@ def test_of_computes_once_per_content(store: Path, calls: list[int]) -> None:
     assert len(list((store / "cache" / "spectra").iterdir())) == 3
 
 
+@pytest.mark.parametrize("as_path", [Path, lambda name: f"./{name}", os.path.abspath])
+def test_of_a_folder_named_like_a_model_is_of_the_folder(
+    as_path: Callable, store: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(store)
+    kept = replace(made_by_hand(((0, None),), rank=3), model=models.DEFAULT)
+    spectra.save(kept, spectra.stored(models.DEFAULT))
+    spectra.save(kept, store / f"{models.DEFAULT}.safetensors")
+    folder = as_path(write_model(Path(models.DEFAULT)).name)
+    assert spectra.available_rank(folder) == 16
+    assert spectra.of(folder, 3).rows["q"] == ((0, None), (1, None))
+    assert calls == [3]
+
+
 def test_of_computes_again_what_is_damaged(
     store: Path, calls: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -463,7 +463,7 @@ def compute(
 
     Raises: WdlibError before any work for unreadable weights or a rank that a matrix lacks.
     """
-    known = models.catalogue().get(str(model))
+    known = models.known(model)
     checkpoint = models.resolve(model)
     found = spectra.of(model, rank, progress=progress)
     parts: dict[str, list[Moments]] = {t: [] for t in found.values}
@@ -561,7 +561,7 @@ def load(path: str | Path) -> Fingerprint:
 def _shipped(model: str | Path) -> Path | None:
     """The file with the fingerprint of a catalogue model, where there is one."""
     path = paths.RESULTS / "fingerprints" / f"{model}.json"
-    return path if str(model) in models.catalogue() and path.is_file() else None
+    return path if models.known(model) and path.is_file() else None
 
 
 def _own(model: str, sha256: str) -> Path:

