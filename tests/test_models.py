@@ -339,6 +339,15 @@ def test_hub_out_of_reach(tmp_path):
     assert re.match(r"ERROR lab/tiny cannot be fetched .*HF_HUB_OFFLINE.*give its folder", said)
 
 
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_hub_out_of_reach_with_all_but_the_weights_in_the_cache(hub, tmp_path, offline):
+    endpoint, handler = hub
+    handler.files = {"config.json": b"{}", "tokenizer.json": b"{}"}
+    resolve_at(endpoint, "lab/tiny", tmp_path)
+    said, _ = resolve_at("http://127.0.0.1:9", "lab/tiny", tmp_path, HF_HUB_OFFLINE=offline)
+    assert re.match(r"ERROR lab/tiny cannot be fetched .*not whole in the local cache", said)
+
+
 def test_hub_that_never_answers(tmp_path):
     import socket
 

@@ -292,12 +292,12 @@ def _from_hub(hub_id: str, name: str) -> Checkpoint:
     """Download a snapshot (safetensors, configuration and tokenizer only) into the hub's cache."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
-    unreachable = None
+    refused = unreachable = None
     try:
         # The client waits without a limit for a silent network: ask once, with one.
         HfApi().model_info(hub_id, timeout=_PATIENCE)
-    except (errors.HfHubHTTPError, errors.HFValidationError):
-        pass  # an answer; the download below gives the same one, or finds a copy in the cache
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        refused = error  # the download below gives the same answer, or finds a copy in the cache
     except Exception as error:  # whatever the client's network library raises
         unreachable = error
     try:
@@ -310,19 +310,22 @@ def _from_hub(hub_id: str, name: str) -> Checkpoint:
             )
         )
     except Exception as error:
-        if sentence := remote.refusal(hub_id, error):
-            raise sentence from error
-        raise WdlibError(
-            f"{hub_id} cannot be fetched from the hub ({_first_line(unreachable or error)}) and is "
-            "not whole in the local cache: check the network, or download the model elsewhere and "
-            "give its folder."
-        ) from error
+        raise _not_fetched(hub_id, unreachable or error) from error
     if not any(folder.glob("*.safetensors")):
+        if failure := refused or unreachable:
+            raise _not_fetched(hub_id, failure) from failure
         raise WdlibError(
             f"The hub's {hub_id} has no weights as safetensors: choose another repository of the "
             "model, or convert it and give the folder."
         )
     return Checkpoint(name, _weight_files(folder), f"hub {hub_id}", revision=folder.name)
+
+
+def _not_fetched(hub_id: str, error: Exception) -> WdlibError:
+    return remote.refusal(hub_id, error) or WdlibError(
+        f"{hub_id} cannot be fetched from the hub ({_first_line(error)}) and is not whole in the "
+        "local cache: check the network, or download the model elsewhere and give its folder."
+    )
 
 
 def _on_hub(model: str) -> Checkpoint:
