@@ -11,6 +11,7 @@ from scipy import stats
 from wdlib import WdlibError, generator
 from wdlib.characterize import NORMAL, POWER_LAW, UNDECIDED, Pair, Verdict
 from wdlib.distances import cosine_distances
+from wdlib.fits import fit_power_law, vector_draws
 from wdlib.generator import (
     Candidate,
     GaussianCounts,
@@ -397,6 +398,17 @@ def test_target_is_that_of_the_spectra():
     assert found == target(values, pair(POWER_LAW, 144), replicates=50)
     normal = target(values, pair(NORMAL, 144))
     assert normal.alpha is normal.low is normal.high is normal.xmin is None
+
+
+def test_a_target_within_a_type_of_few_layers_is_that_of_the_resamples_that_can_be_fitted():
+    values = {"q": rng(3).exponential(size=(6, 8))}
+    own = changed(pair(POWER_LAW, 15), types=("q", "q"))
+    found = target(values, own, replicates=300)
+    table = cosine_distances(values["q"], values["q"])
+    drawn = list(vector_draws(table, symmetric=True, replicates=300, rng=rng(0)))
+    fitted = [fit_power_law(d).alpha for d in drawn if len(set(d)) > 3]
+    assert 0 < len(fitted) < 300
+    assert_allclose((found.low, found.high), np.quantile(fitted, (0.025, 0.975)), rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ import numpy as np
 from wdlib import WdlibError
 from wdlib.characterize import NORMAL, POWER_LAW, REPLICATES, Pair, classify
 from wdlib.distances import cosine_distances, msv
-from wdlib.fits import fit_power_law, table_distances, vector_bootstrap
+from wdlib.fits import MIN_DISTINCT, fit_power_law, table_distances, vector_bootstrap
 
 SHAPES = (0.5, 0.75)
 """Shapes of ParetoCounts that `counts_for` gives. Of sets between two types of 24 to 30 layers the
@@ -272,6 +272,9 @@ def target(
 ) -> Target:
     """The target that a pair of types of a model is.
 
+    Resamples of few vectors can lack the distinct distances that a fit needs; the interval of alpha
+    is that of the others.
+
     Arguments: values, content of a `Spectra` at the rank of the characterisation that `pair` comes
     from.
     Raises: WdlibError for an undecided pair, and for spectra that do not have its types or number
@@ -298,15 +301,21 @@ def target(
         alpha, xmin = fit.alpha, fit.xmin
         resampled = vector_bootstrap(
             table,
-            lambda drawn: fit_power_law(drawn).alpha,
+            _alpha,
             replicates=replicates,
             rng=np.random.default_rng(seed),
             symmetric=same,
         )
-        low, high = (float(q) for q in np.quantile(resampled, (0.025, 0.975)))
+        low, high = (float(q) for q in np.nanquantile(resampled, (0.025, 0.975)))
     vectors = (len(rows), None if same else len(columns))
     median = float(np.median(distances))
     return Target(pair.verdict.label, alpha, xmin, low, high, median, vectors, rows.shape[1])
+
+
+def _alpha(distances: np.ndarray) -> float:
+    """The exponent by csn, NaN for too few distinct distances."""
+    distinct = np.unique(distances[distances > 0]).size
+    return fit_power_law(distances).alpha if distinct >= MIN_DISTINCT else np.nan
 
 
 @dataclass(frozen=True)
