@@ -301,6 +301,13 @@ def test_the_spectra_of_what_was_set(tiny):
     assert list(lora.initial_spectra(peft_model)) == ["A"]
 
 
+def test_the_spectra_of_an_adapter_in_bfloat16(tiny):
+    peft_model, _ = reshaped(tiny)
+    exact = lora.initial_spectra(peft_model)["A"].values["q"]
+    found = lora.initial_spectra(peft_model.to(torch.bfloat16))["A"].values["q"]
+    np.testing.assert_allclose(found, exact, rtol=0.01)
+
+
 # --- step 0 ----------------------------------------------------------------------------------
 
 

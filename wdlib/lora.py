@@ -375,7 +375,7 @@ def initial_spectra(peft_model: "PeftModel") -> dict[str, Spectra]:
     for key in ("A", "B"):
         values, rows = defaultdict(list), defaultdict(list)
         for site, layer in layers:
-            matrix = getattr(layer, f"lora_{key}")[ADAPTER].weight.detach().cpu().numpy()
+            matrix = getattr(layer, f"lora_{key}")[ADAPTER].weight.detach().float().cpu().numpy()
             values[site.type].append(generator.spectra_of(matrix[None])[0])
             rows[site.type].append((site.layer, site.expert))
         if all(v.any() for kind in values.values() for v in kind):
