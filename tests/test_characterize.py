@@ -218,7 +218,9 @@ def test_another_file_is_refused_by_name(text, tmp_path):
 
 
 def test_stored_results_are_what_the_code_gives():
-    for path in sorted((paths.DATA / "results" / "characterisation").glob("*-r16.json")):
+    found = sorted((paths.DATA / "results" / "characterisation").glob("*-r16.json"))
+    assert found
+    for path in found:
         kept = characterize.load(path)
         assert kept.model in path.name
         again = characterise(spectra.load(kept.model), rank=16)
