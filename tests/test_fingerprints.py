@@ -1,5 +1,6 @@
 """wdlib.fingerprints: closed forms, planted clusters, copies that come back, the command."""
 
+import json
 from dataclasses import replace
 from functools import partial
 from itertools import permutations, product
@@ -364,10 +365,37 @@ def test_a_shipped_fingerprint_is_not_stored_again(saved):
     assert len(fingerprints.library()) == 2
 
 
-def test_ranks_and_clusters_that_are_not_there_are_refused(saved):
+def test_what_is_stored_keeps_its_larger_rank_and_its_family(saved):
+    path = saved("made", matrices(0))
+    found = fingerprints.compute(path, rank=8, k=3, family="Toy")
+    file = fingerprints.keep(found)
+    assert fingerprints.keep(found.clustered(rank=4)) == file
+    assert fingerprints.keep(fingerprints.compute(path, rank=4, k=3)) == file
+    assert fingerprints.load(file).to_json() == found.to_json()
+    fingerprints.keep(replace(found.clustered(rank=4), family="Other"))
+    assert fingerprints.load(file).to_json() == replace(found, family="Other").to_json()
+    fingerprints.keep(fingerprints.compute(path, rank=16, k=3))
+    assert (fingerprints.load(file).rank, fingerprints.load(file).family) == (16, "Other")
+    assert fingerprints.of(path, rank=32, k=3).family == "Other"
+
+
+def test_who_made_a_fingerprint_is_said_of_the_one_that_is_there(saved):
+    found = fingerprints.compute(saved("made", matrices(0)), rank=8, k=3)
+    assert found.provenance["made by"].endswith("compute(rank=8, k=3)")
+    fewer = found.clustered(rank=4, k=2).provenance
+    assert fewer["made by"].endswith("clustered(rank=4, k=2)")
+    assert fewer | {"made by": ""} == found.provenance | {"made by": ""}
+
+
+def test_ranks_and_clusters_that_are_not_there_are_refused(saved, monkeypatch):
     path = saved("made", matrices(0))
     with pytest.raises(WdlibError, match="rank 33 is out of range for made.*from 1 to 32"):
         fingerprints.of(path, rank=33)
+    with monkeypatch.context() as patch:
+        patch.setattr(spectra, "of", None)
+        for k in (0, 43):
+            with pytest.raises(WdlibError, match=f"42 matrices of .* do not make {k} clusters"):
+                fingerprints.of(path, rank=8, k=k)
     found = fingerprints.compute(path, rank=8, k=3)
     with pytest.raises(WdlibError, match="holds ranks 1 to 8, not 9"):
         found.clustered(rank=9)
@@ -385,6 +413,25 @@ def test_halves_are_the_layers_of_even_and_odd_number(saved):
     assert not set(map(tuple, even.singular_values["q"])) & set(
         map(tuple, odd.singular_values["q"])
     )
+
+
+def test_a_mixture_of_experts_has_no_halves_and_says_how_many_matrices_it_has(saved):
+    dense = fingerprints.compute(saved("made", matrices(0)), rank=8, k=3)
+    moments, values = dense.moments, dense.singular_values
+    mixture = replace(
+        dense,
+        moments=moments | {"up": moments["up"] * 4},
+        singular_values=values | {"up": np.tile(values["up"], (4, 1))},
+    )
+    with pytest.raises(WdlibError, match=r"made have \[6, 24\] vectors"):
+        mixture.halves()
+    assert "6 to 24 matrices of each type" in fingerprints.report(mixture, [])
+    assert "6 matrices of each type" in fingerprints.report(dense, [])
+    assert json.loads(dense.to_json())["layers"] == 6
+    content = json.loads(mixture.to_json())
+    assert "layers" not in content
+    assert (content["matrices"]["q"], content["matrices"]["up"]) == (6, 24)
+    assert fingerprints.Fingerprint.from_json(mixture.to_json()).to_json() == mixture.to_json()
 
 
 def test_three_ways_to_compare_clustering_vectors(saved):
@@ -487,12 +534,29 @@ def test_the_command_names_a_copy_and_stores_it(saved, capsys):
     assert [f.family for f in fingerprints.library()] == ["Toy", "", ""]
 
 
+def test_the_command_says_that_it_stored_only_what_it_did(saved, capsys):
+    path = str(saved("made", matrices(0)))
+    said = []
+    for rank in ("8", "4", "16"):
+        assert cli.main(["fingerprint", path, "--rank", rank, "--clusters", "3"]) == 0
+        said.append(capsys.readouterr().out)
+    assert ["stored in " in s for s in said] == [True, False, True]
+    assert "json keeps rank 8, 3 clusters, family not known" in said[1]
+    assert "share in cluster 2" in said[0]
+    assert "share in cluster 3" not in said[0]
+    (kept,) = fingerprints.library()
+    assert (kept.rank, kept.k) == (16, 3)
+    assert cli._parser().parse_args(["fingerprint", path]).clusters == fingerprints.K
+
+
 def test_the_command_fails_in_one_line_before_anything_is_stored(saved, capsys):
     good = saved("good", matrices(0))
     assert cli.main(["fingerprint", str(good), "no-such-model"]) == 1
     assert "wdlib: There is no model, file or folder 'no-such-model'" in capsys.readouterr().err
     assert cli.main(["fingerprint", str(good), "--rank", "33"]) == 1
     assert "from 1 to 32" in capsys.readouterr().err
+    assert cli.main(["fingerprint", str(good), "--clusters", "43"]) == 1
+    assert "ask for 1 to 42 (`--clusters` of `wdlib fingerprint`)" in capsys.readouterr().err
     assert not (paths.CACHE / "fingerprints").exists()
 
 

@@ -1105,7 +1105,8 @@ def test_truncate() -> None:
     np.testing.assert_array_equal(part.error["down"], whole.error["down"][:, :2])
     assert_same(whole.truncate(5), whole)
     for rank in (0, 6):
-        with pytest.raises(WdlibError, match=f"toy hold ranks 1 to 5, not {rank}"):
+        remedy = "ask .* `wdlib spectra toy --rank R --out FILE`"
+        with pytest.raises(WdlibError, match=f"toy hold ranks 1 to 5, not {rank}: {remedy}"):
             whole.truncate(rank)
 
 
@@ -1148,7 +1149,8 @@ BROKEN = {
 def test_broken_files_are_refused_by_name(name: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.safetensors"
     BROKEN[name](path)
-    with pytest.raises(WdlibError, match=r"bad\.safetensors does not hold spectra"):
+    remedy = r"`wdlib spectra MODEL --rank R --out \S+bad\.safetensors`"
+    with pytest.raises(WdlibError, match=rf"bad\.safetensors does not hold spectra .*{remedy}"):
         spectra.load(path)
 
 

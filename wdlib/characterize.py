@@ -35,7 +35,7 @@ from scipy.special import log_ndtr
 from wdlib import TYPES, WdlibError, __version__, paths
 from wdlib.distances import cosine_distances, msv
 from wdlib.fits import fit_power_law, table_distances, vector_bootstrap
-from wdlib.spectra import Spectra
+from wdlib.spectra import Spectra, number_of_layers
 
 SUPPORT_QUANTILE = 0.1
 """The support begins here: a power law has no left flank, but noise may give its sets one."""
@@ -382,13 +382,7 @@ def stability(
     Raises: WdlibError as `characterise` does, and for types that differ in number of vectors.
     """
     values = spectra.truncate(rank).values
-    numbers = {len(v) for v in values.values()}
-    if len(numbers) != 1:
-        raise WdlibError(
-            f"the types of {spectra.model} have {sorted(numbers)} vectors: layers can be drawn "
-            "again only where each has one vector of every type"
-        )
-    layers = numbers.pop()
+    layers = number_of_layers(spectra.model, values)
     settings = {"replicates": replicates, "seed": seed}
     rng = np.random.default_rng(seed)
     counts = {types: Counter() for types in _pairs(values)}

@@ -118,15 +118,22 @@ def _fingerprint(options: argparse.Namespace) -> None:
 
     from wdlib import fingerprints
 
+    size = {"rank": options.rank, "k": options.clusters}
     for model in options.models:
-        fingerprints.check(model, rank=options.rank)
+        fingerprints.check(model, **size)
     for number, model in enumerate(options.models):
-        found = fingerprints.of(model, rank=options.rank)
+        found = fingerprints.of(model, **size)
         if options.family is not None:
             found = replace(found, family=options.family)
         seen = fingerprints.identify(found, fingerprints.library())
         print("\n" * (number > 0) + fingerprints.report(found, seen))
-        print(f"stored in {fingerprints.keep(found)}")
+        path = fingerprints.keep(found)
+        kept = fingerprints.load(path)
+        if kept.to_json() == found.to_json():
+            print(f"stored in {path}")
+        else:
+            about = f"rank {kept.rank}, {kept.k} clusters, {kept.family or 'family not known'}"
+            print(f"not stored: {path} keeps {about}")
 
 
 def _experiments(options: argparse.Namespace) -> None:
@@ -209,6 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     fingerprint.set_defaults(command=_fingerprint)
     fingerprint.add_argument("models", metavar="MODEL", nargs="+", help="as for spectra")
     fingerprint.add_argument("--rank", type=int, default=16, metavar="R")
+    clusters = {"type": _positive, "default": 7, "metavar": "K"}
+    fingerprint.add_argument("--clusters", **clusters, help="of the clustering vector, default: 7")
     fingerprint.add_argument("--family", metavar="NAME", help="to store, if it is known")
 
     experiments = commands.add_parser("experiments", help="run what is left of a grid of LoRA runs")

@@ -352,7 +352,7 @@ class Fingerprint:
 
     @property
     def matrices(self) -> int:
-        """How many of a type: the number of layers, where there are no experts."""
+        """How many of a type at most: the number of layers, where there are no experts."""
         return max(len(m) for m in self.moments.values())
 
     @property
@@ -391,13 +391,20 @@ class Fingerprint:
             )
         values = {t: v[:, :rank] for t, v in self.singular_values.items()}
         found = cluster(values, k=k, scaled=self.clusters.scaled)
-        return replace(self, singular_values=values, clusters=found)
+        return self._remade(values, found, f"Fingerprint.clustered(rank={rank}, k={k})")
+
+    def _remade(self, values: dict[str, np.ndarray], clusters: Clusters, by: str) -> "Fingerprint":
+        """The same model with other singular values and clusters, made by a function."""
+        about = self.provenance | {"made by": f"wdlib {__version__} {by}"}
+        return replace(self, singular_values=values, clusters=clusters, provenance=about)
 
     def halves(self, *, starts: int = STARTS) -> tuple["Fingerprint", "Fingerprint"]:
         """Two fingerprints of disjoint weights: the layers of even and of odd number.
 
-        Each half is clustered on its own, with so many starts. Raises WdlibError as `cluster` does.
+        Each half is clustered on its own, with so many starts. Raises WdlibError as `cluster` does,
+        and for mixtures of experts, whose matrices are not one per layer.
         """
+        spectra.number_of_layers(self.model, self.singular_values)
 
         def half(start: int) -> Fingerprint:
             values = {t: v[start::2] for t, v in self.singular_values.items()}
@@ -412,10 +419,12 @@ class Fingerprint:
 
     def to_json(self) -> str:
         """As text, to be read back by `from_json`; for readers it also holds both vectors."""
+        numbers = {t: len(parts) for t, parts in self.moments.items()}
+        mixture = len(set(numbers.values())) > 1
         content = {
             "model": self.model,
             "family": self.family,
-            "layers": self.matrices,
+            **({"matrices": numbers} if mixture else {"layers": self.matrices}),
             "rank": self.rank,
             "k": self.k,
             "provenance": self.provenance,
@@ -495,24 +504,40 @@ def of(model: str | Path, *, rank: int = RANK, k: int = K) -> Fingerprint:
 
     Raises: WdlibError as `compute` does.
     """
-    check(model, rank=rank)
+    check(model, rank=rank, k=k)
     if shipped := _shipped(model):
         kept = load(shipped)
         if rank > kept.rank:
             values = spectra.of(model, rank).values
-            return replace(kept, singular_values=values, clusters=cluster(values, k=k))
+            return kept._remade(
+                values, cluster(values, k=k), f"fingerprints.of(rank={rank}, k={k})"
+            )
         return kept.clustered(rank=rank, k=k)
     checkpoint = models.resolve(model)
     path = _own(checkpoint.name, models.content_hash(checkpoint))
-    if path.is_file() and rank <= (kept := load(path)).rank:
+    kept = load(path) if path.is_file() else None
+    if kept and rank <= kept.rank:
         return kept.clustered(rank=rank, k=k)
-    return compute(model, rank=rank, k=k)
+    return compute(model, rank=rank, k=k, family=kept.family if kept else None)
 
 
-def check(model: str | Path, *, rank: int = RANK) -> None:
-    """Raise WdlibError unless `of` can give this fingerprint; no weight is read."""
-    if not _shipped(model) or rank > spectra.available_rank(model):
-        spectra.check_rank(model, rank)
+def check(model: str | Path, *, rank: int = RANK, k: int = K) -> None:
+    """Raise WdlibError unless `of` can give this fingerprint; no weight is read.
+
+    Only matrices with the same singular values can then still be too few for k clusters.
+    """
+    shipped = _shipped(model)
+    if shipped and 1 <= rank <= spectra.available_rank(model):
+        number = sum(len(v) for v in load(shipped).singular_values.values())
+    else:
+        checkpoint = models.resolve(model)
+        spectra.check_rank(checkpoint, rank)
+        number = len(weights.inventory(checkpoint))
+    if not 1 <= k <= number:
+        raise WdlibError(
+            f"the {number} matrices of {model} do not make {k} clusters: ask for 1 to {number} "
+            "(`--clusters` of `wdlib fingerprint`)"
+        )
 
 
 def shipped() -> list[str]:
@@ -530,15 +555,23 @@ def library() -> list[Fingerprint]:
 
 
 def keep(fingerprint: Fingerprint) -> Path:
-    """Store a fingerprint among the user's, unless it is shipped; returns the file that holds it.
+    """Store a fingerprint among the user's; returns the file that holds the model's.
 
-    Its name has the beginning of the weights' sha256, so that models of one name stay apart.
+    Not stored is what is shipped. What is stored already keeps its larger rank, and a family that
+    the new one has not. The file's name has the beginning of the weights' sha256, so that models of
+    one name stay apart.
+
+    Raises: WdlibError as `load` does.
     """
     sha256 = fingerprint.provenance["sha256"]
     shipped = paths.RESULTS / "fingerprints" / f"{fingerprint.model}.json"
     if shipped.is_file() and load(shipped).provenance["sha256"] == sha256:
         return shipped
-    return save(fingerprint, _own(fingerprint.model, sha256))
+    path = _own(fingerprint.model, sha256)
+    kept = load(path) if path.is_file() else fingerprint
+    family = fingerprint.family or kept.family
+    best = kept if kept.rank > fingerprint.rank else fingerprint
+    return save(replace(best, family=family), path)
 
 
 def save(fingerprint: Fingerprint, path: str | Path) -> Path:
@@ -589,7 +622,7 @@ def deviation_distance(
 def cluster_distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
     """Total variation distance of two clustering vectors, averaged over their shared types.
 
-    The share of layers that would have to change their cluster: from 0 to 1.
+    The share of matrices that would have to change their cluster: from 0 to 1.
 
     Raises: WdlibError where no type is shared, or for other numbers of clusters.
     """
@@ -868,7 +901,9 @@ def report(fingerprint: Fingerprint, seen: Sequence[Neighbour]) -> str:
     for number, row in enumerate(shares):
         rows.append((f"share in cluster {number}", *(f"{v:.2f}" for v in row)))
     family = f.family or "family not known"
-    lines = [f"{f.model}: {family}, {f.matrices} matrices of each type, rank {f.rank}"]
+    fewest = min(len(parts) for parts in f.moments.values())
+    number = f"{fewest} to {f.matrices}" if fewest < f.matrices else f.matrices
+    lines = [f"{f.model}: {family}, {number} matrices of each type, rank {f.rank}"]
     lines += ["".join([row[0].ljust(20), *(text.rjust(8) for text in row[1:])]) for row in rows]
     if not seen:
         return "\n".join([*lines, "no other fingerprint is stored to compare it with"])

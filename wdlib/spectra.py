@@ -18,7 +18,7 @@ import json
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     BrokenExecutor,
     Executor,
@@ -139,7 +139,8 @@ class Spectra:
         if not 1 <= rank <= self.rank:
             raise WdlibError(
                 f"the spectra of {self.model} hold ranks 1 to {self.rank}, not {rank}: "
-                f"ask for one of these, or compute more with `wdlib spectra {self.model}`."
+                f"ask for one of these, or compute more with `wdlib spectra {self.model} --rank R "
+                "--out FILE`."
             )
         return replace(
             self,
@@ -603,7 +604,8 @@ def load(model: str | Path, *, rank: int | None = None) -> Spectra:
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise WdlibError(
-            f"{path} does not hold spectra ({error}): write it anew with `wdlib spectra`."
+            f"{path} does not hold spectra ({error}): write it anew with `wdlib spectra MODEL "
+            f"--rank R --out {path}`."
         ) from error
     return spectra if rank is None else spectra.truncate(rank)
 
@@ -631,6 +633,20 @@ def of(model: str | Path, rank: int, *, progress: bool = False) -> Spectra:
 def stored(model: str) -> Path:
     """Where the spectra of a catalogue model are stored."""
     return paths.SPECTRA / f"{model}.safetensors"
+
+
+def number_of_layers(model: str, values: Mapping[str, Sequence]) -> int:
+    """How many layers a model has, where each has one matrix of every type.
+
+    Raises WdlibError where types differ in number: rows are then of layers and experts.
+    """
+    numbers = {len(v) for v in values.values()}
+    if len(numbers) != 1:
+        raise WdlibError(
+            f"the types of {model} have {sorted(numbers)} vectors: layers can be drawn or divided "
+            "only where each has one vector of every type"
+        )
+    return numbers.pop()
 
 
 def _is_stored(model: str | Path) -> bool:
