@@ -509,9 +509,8 @@ def of(model: str | Path, *, rank: int = RANK, k: int = K) -> Fingerprint:
         kept = load(shipped)
         if rank > kept.rank:
             values = spectra.of(model, rank).values
-            return kept._remade(
-                values, cluster(values, k=k), f"fingerprints.of(rank={rank}, k={k})"
-            )
+            found = cluster(values, k=k)
+            return kept._remade(values, found, f"fingerprints.of(rank={rank}, k={k})")
         return kept.clustered(rank=rank, k=k)
     checkpoint = models.resolve(model)
     path = _own(checkpoint.name, models.content_hash(checkpoint))
