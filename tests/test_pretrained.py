@@ -116,6 +116,15 @@ def test_an_adapter_beside_the_weights_is_refused(tiny):
         pretrained.load(tiny)
 
 
+def test_a_configuration_that_names_other_weights_is_refused(tiny):
+    config = json.loads((tiny / "config.json").read_text())
+    config["transformers_weights"] = "other.safetensors"
+    (tiny / "other.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
+    (tiny / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WdlibError, match="take transformers_weights out of it"):
+        pretrained.load(tiny)
+
+
 def test_an_encoder_is_refused(tiny):
     (tiny / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(WdlibError, match="cannot load tiny as a causal language model"):

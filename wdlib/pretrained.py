@@ -164,6 +164,11 @@ def _source(checkpoint: Checkpoint) -> tuple[Path, dict[str, str]]:
             f"{folder} holds adapter_config.json, and transformers would load the adapter with the "
             "weights: give a folder without it"
         )
+    if not gguf and b'"transformers_weights"' in (folder / "config.json").read_bytes():
+        raise WdlibError(
+            f"config.json in {folder} names the weights for transformers to load, whatever else is "
+            "there: take transformers_weights out of it"
+        )
     if not gguf and set(checkpoint.files) != _read_from(folder):
         raise WdlibError(
             f"transformers would not read {file.name} alone from {folder}: put it as "
