@@ -332,7 +332,7 @@ def fingerprint(run: Run, folder: str | Path) -> Fingerprint:
     if run.init != UNTRAINED:
         update = json.dumps(_update(model))
         model = model.merge_and_unload()
-    known = models.catalogue().get(run.model)
+    known = models.known(run.model)
     with TemporaryDirectory(dir=folder) as scratch:
         merged = Path(scratch) / "merged"
         model.config.save_pretrained(merged)
