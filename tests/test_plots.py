@@ -134,6 +134,15 @@ def test_agreement_marks_the_correlations_above_what_renamed_types_give():
     assert low > high  # the first pair stands at the top
 
 
+def test_the_lowest_panel_that_is_drawn_has_labels():
+    fig, axes = plt.subplots(2, 2, sharex=True)
+    axes[1, 1].set_axis_off()
+    plots.label_lowest(axes)
+    fig.canvas.draw()
+    labelled = [[any(t.get_visible() for t in ax.get_xticklabels()) for ax in row] for row in axes]
+    assert labelled == [[False, True], [True, True]]
+
+
 def test_medians_by_type_leave_a_gap_where_a_type_is_absent():
     kinds = [t for t in TYPES if t != "gate"]
     data = pd.DataFrame(
@@ -143,9 +152,11 @@ def test_medians_by_type_leave_a_gap_where_a_type_is_absent():
         columns=["model", "type", "median", "null"],
     )  # fmt: skip
     _, ax = plt.subplots()
-    assert plots.medians_by_type(data, ax) is ax
+    assert plots.medians_by_type(data, {"encoder": "blue", "full": "red"}, ax) is ax
     lines = {line.get_label(): line for line in ax.lines[::2]}
-    assert list(lines) == ["full", "encoder"]
+    assert {name: line.get_color() for name, line in lines.items()} == {
+        "full": "red", "encoder": "blue",
+    }  # fmt: skip
     for (model, line), null in zip(lines.items(), ax.lines[1::2], strict=True):
         rows = data[data.model == model].set_index("type").reindex(TYPES)
         np.testing.assert_array_equal(line.get_ydata(), rows["median"])

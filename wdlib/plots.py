@@ -205,6 +205,15 @@ def layer_legend(ax: Axes, layers: int) -> Axes:
     return ax
 
 
+def label_lowest(axes: np.ndarray) -> None:
+    """Label the x ticks of the lowest panel that is drawn in each column of a grid.
+
+    With shared axes matplotlib labels the last row alone, even where its panel is switched off.
+    """
+    for column in axes.T:
+        [ax for ax in column if ax.axison][-1].tick_params(labelbottom=True)
+
+
 def intervals(draws: pd.DataFrame, estimates: dict[str, float], ax: Axes) -> Axes:
     """Resampled exponents, a column of `draws` per estimator, with 95 % bar and the estimate."""
     for row, (name, estimate) in enumerate(estimates.items()):
@@ -357,12 +366,11 @@ def agreement(data: pd.DataFrame, ax: Axes) -> Axes:
     return ax
 
 
-def medians_by_type(data: pd.DataFrame, ax: Axes) -> Axes:
+def medians_by_type(data: pd.DataFrame, colors: dict, ax: Axes) -> Axes:
     """Median distances within each type: columns model, type, median, null; null as small dots."""
     groups = data.groupby("model", sort=False)
-    for i, ((model, rows), color) in enumerate(
-        zip(groups, sns.color_palette("tab10", groups.ngroups), strict=True)
-    ):
+    for i, (model, rows) in enumerate(groups):
+        color = colors[model]
         rows = rows.set_index("type").reindex(TYPES)  # so that the line breaks at an absent type
         x = np.arange(len(TYPES)) + 0.08 * (i - (groups.ngroups - 1) / 2)
         ax.plot(x, rows["median"], "o-", color=color, ms=5, lw=0.8, label=model)
