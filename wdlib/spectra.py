@@ -515,7 +515,7 @@ def largest_rank(model: str | Path | models.Checkpoint) -> int:
 
 def available_rank(model: str | Path) -> int:
     """The largest rank that `of` gives for a model: what is stored, or else `largest_rank`."""
-    return load(model).rank if _is_stored(model) else largest_rank(model)
+    return load(model).rank if is_stored(model) else largest_rank(model)
 
 
 def check_rank(model: str | Path | models.Checkpoint, rank: int) -> None:
@@ -616,7 +616,7 @@ def of(model: str | Path, rank: int, *, progress: bool = False) -> Spectra:
     The store is data/spectra for models of the catalogue, whose weights need not be at hand then,
     and after it the cache, where computed ones are kept under the sha256 of the weights.
     """
-    if _is_stored(model) and rank <= (kept := load(model)).rank:
+    if is_stored(model) and rank <= (kept := load(model)).rank:
         return kept.truncate(rank)
     checkpoint = models.resolve(model)
     check_rank(checkpoint, rank)
@@ -649,7 +649,8 @@ def number_of_layers(model: str, values: Mapping[str, Sequence]) -> int:
     return numbers.pop()
 
 
-def _is_stored(model: str | Path) -> bool:
+def is_stored(model: str | Path) -> bool:
+    """Whether the store has spectra of this model: never of a path, whatever its name."""
     return models.known(model) is not None and stored(model).is_file()
 
 

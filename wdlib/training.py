@@ -779,6 +779,7 @@ def _data_facts(
 
 
 def data_hash(rows: Sequence[Example]) -> str:
+    """The sha256 of examples in their order, by which runs on the same data know each other."""
     lines = "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
     return hashlib.sha256(lines.encode()).hexdigest()
 
