@@ -187,6 +187,18 @@ def test_training_curves_show_each_seed_and_their_mean():
     assert len(ax.lines) == 4  # two means, and the two seeds of the one that has several
 
 
+def test_losses_and_gaps_are_two_panels_with_one_legend():
+    data = pd.DataFrame(
+        {"variant": "pissa", "seed": 1, "step": [1, 2], "loss": [2.0, 1.5], "gap": [0.25, -0.5]}
+    )
+    fig, axes = plt.subplots(1, 2)
+    plots.loss_and_gap(data, axes)
+    for ax, column in zip(axes, ("loss", "gap"), strict=True):
+        np.testing.assert_allclose(ax.lines[0].get_ydata(), data[column])
+    assert axes[0].get_ylabel() == "training loss, nats per token"
+    assert [text.get_text() for legend in fig.legends for text in legend.texts] == ["pissa"]
+
+
 def test_a_variant_has_the_colour_of_its_initialisation():
     assert plots.start_color("literal ← x lr3") == plots.start_color("literal")
     assert plots.start_color("gaussian") not in plots.START_COLORS.values()

@@ -354,14 +354,10 @@ def fingerprint(run: Run, folder: str | Path) -> Fingerprint:
 
 def _update(model: "PeftModel") -> dict[str, list[float]]:
     """||s B A|| / ||W|| of every matrix that an adapter changes, by type, in the model's order."""
-    from peft.tuners.lora import LoraLayer
-
     found = {}
-    for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer):
-            _, (kind,), _ = weights.named(f"{name}.weight", model.config.model_type)
-            size = layer.get_delta_weight(lora.ADAPTER).norm() / layer.weight.norm()
-            found.setdefault(kind, []).append(float(f"{size:.5g}"))
+    for name, size in lora.relative_norms(model).items():
+        _, (kind,), _ = weights.named(f"{name}.weight", model.config.model_type)
+        found.setdefault(kind, []).append(float(f"{size:.5g}"))
     return {t: found[t] for t in TYPES if t in found}
 
 

@@ -131,8 +131,7 @@ class Step0:
 
     base_loss, loss: mean loss per token in nats without and with the adapter; shift: loss -
     base_loss. logit_change: largest change of a logit relative to the largest logit, padding (with
-    the label IGNORED) left out. norms: by projection, ||scaling B A|| / ||W|| of the trainable
-    adapter (Frobenius).
+    the label IGNORED) left out. norms: of `relative_norms`.
     """
 
     base_loss: float
@@ -356,8 +355,22 @@ def step0(peft_model: "PeftModel", batch: "Mapping[str, torch.Tensor]") -> Step0
         loss=float(adapted.loss),
         shift=float(adapted.loss) - float(base.loss),
         logit_change=float(change / base.logits.float()[counted].abs().max()),
-        norms={name: _relative_norm(layer) for name, layer in _layers(peft_model)},
+        norms=relative_norms(peft_model),
     )
+
+
+def relative_norms(peft_model: "PeftModel") -> dict[str, float]:
+    """||scaling B A|| / ||W|| (Frobenius) of the adapter "default", by projection."""
+    return {name: _relative_norm(layer) for name, layer in _layers(peft_model)}
+
+
+def _relative_norm(layer: "LoraLayer") -> float:
+    """From r x r products: ||B A||^2 = <B^T B, A A^T>."""
+    a = layer.lora_A[ADAPTER].weight.detach().cpu().double()
+    b = layer.lora_B[ADAPTER].weight.detach().cpu().double()
+    square = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
+    size = layer.get_base_layer().weight.detach().cpu().double().norm()
+    return float(layer.scaling[ADAPTER] * square.sqrt() / size)
 
 
 def initial_spectra(peft_model: "PeftModel") -> dict[str, Spectra]:
@@ -383,15 +396,6 @@ def initial_spectra(peft_model: "PeftModel") -> dict[str, Spectra]:
             error = {t: 1e-8 * v[:, :1] + np.zeros_like(v) for t, v in stacked.items()}
             found[key] = Spectra(key, stacked, error, {t: tuple(rows[t]) for t in stacked})
     return found
-
-
-def _relative_norm(layer: "LoraLayer") -> float:
-    """||scaling B A|| / ||W||, from r x r products: ||B A||^2 = <B^T B, A A^T>."""
-    a = layer.lora_A[ADAPTER].weight.detach().cpu().double()
-    b = layer.lora_B[ADAPTER].weight.detach().cpu().double()
-    square = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
-    size = layer.get_base_layer().weight.detach().cpu().double().norm()
-    return float(layer.scaling[ADAPTER] * square.sqrt() / size)
 
 
 # Where and what ----------------------------------------------------------------------------------

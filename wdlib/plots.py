@@ -668,6 +668,15 @@ def training_curves(data: pd.DataFrame, ax: Axes, value: str) -> Axes:
     return ax
 
 
+def loss_and_gap(data: pd.DataFrame, axes: Sequence[Axes]) -> None:
+    """Training curves in two panels: columns as above, with loss, and gap, its difference to the
+    default's; one legend above both."""
+    names = {"loss": "training loss, nats per token", "gap": "nats per token, minus default"}
+    for ax, (value, name) in zip(axes, names.items(), strict=True):
+        training_curves(data, ax, value).set_ylabel(name)
+    axes[0].figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+
+
 def by_variant(data: pd.DataFrame, ax: Axes) -> Axes:
     """A point per seed, the mean as a bar across: columns variant, value; variants downwards."""
     variants = list(dict.fromkeys(data.variant))
