@@ -520,7 +520,7 @@ def scores(loglikelihood: np.ndarray, gold: list[int], characters=None) -> Score
     shown = np.arange(width)[None] if orders == 1 else evaluation.option_orders(orders)
     lengths = np.full((items, width), 3) if characters is None else np.array(characters)
     names = np.arange(items, dtype=np.uint32)
-    return Scores(loglikelihood.astype(np.float32), shown, np.array(gold), lengths, lengths, names)
+    return Scores(loglikelihood.astype(np.float32), shown, np.array(gold), lengths, names)
 
 
 def test_accuracy_by_hand() -> None:

@@ -54,7 +54,6 @@ def scores(items, value=0.0):
         orders=np.arange(4, dtype=np.int8)[None],
         gold=np.zeros(items, np.int8),
         characters=np.ones((items, 4), np.int32),
-        bytes=np.ones((items, 4), np.int32),
         items=np.arange(items, dtype=np.uint32),
     )
 

@@ -124,7 +124,7 @@ class Scores:
     loglikelihood: (N, O, K) float32, nats, of the option at each position; NaN where there is none.
     orders: (O, K) int8, the option at each position. Options are named by their position in the
     harness's own order, which is row 0. gold: (N,) int8, the right option.
-    characters, bytes: (N, K) int32, lengths of the options in row 0's order, 0 where there is none.
+    characters: (N, K) int32, lengths of the options in row 0's order, 0 where there is none.
     items: (N,) uint32, checksum of each item's text in row 0's order: equal items pair.
     """
 
@@ -132,7 +132,6 @@ class Scores:
     orders: np.ndarray
     gold: np.ndarray
     characters: np.ndarray
-    bytes: np.ndarray
     items: np.ndarray
 
 
@@ -297,14 +296,13 @@ def _scores(items: _Items, answers: Sequence[float]) -> Scores:
     for row, options in enumerate(items.options):
         for order in range(len(items.orders)):
             loglikelihood[row, order, : len(options)] = list(itertools.islice(taken, len(options)))
-    lengths = np.zeros((2, len(items.shown), width), np.int32)
+    characters = np.zeros((len(items.shown), width), np.int32)
     for row, options in enumerate(items.options):
-        lengths[0, row, : len(options)] = [len(option) for option in options]
-        lengths[1, row, : len(options)] = [len(option.encode()) for option in options]
+        characters[row, : len(options)] = [len(option) for option in options]
     texts = ["\0".join(itertools.chain(*(r.args for r in shown[0]))) for shown in items.shown]
     checksums = np.array([zlib.crc32(text.encode()) for text in texts], np.uint32)
     gold = np.array(items.gold, np.int8)
-    return Scores(loglikelihood, items.orders, gold, lengths[0], lengths[1], checksums)
+    return Scores(loglikelihood, items.orders, gold, characters, checksums)
 
 
 @contextlib.contextmanager
