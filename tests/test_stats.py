@@ -239,6 +239,20 @@ def test_what_makes_no_sense_is_refused(call, message):
         call()
 
 
+def test_the_parts_of_a_ratio_say_what_it_would_be_without_an_item():
+    rng = np.random.default_rng(2)
+    sizes = rng.integers(1, 50, 9)
+    sums = sizes * rng.gamma(2, size=(3, 9))
+    parts = stats.ratio_parts(sums, sizes)
+    ratios = sums.sum(1) / sizes.sum()
+    np.testing.assert_allclose(parts.mean(1), ratios)
+    for i in range(9):
+        others = np.arange(9) != i
+        without = sums[:, others].sum(1) / sizes[others].sum()
+        change = (parts[:, i] - ratios) * sizes.mean() / sizes[others].sum()
+        np.testing.assert_allclose(ratios - without, change)
+
+
 def test_the_docstring_states_the_coverage_that_was_measured():
     with (paths.RESULTS / "interval_coverage.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if int(row["seeds"]) > 1]

@@ -31,6 +31,7 @@ from wdlib import (
     models,
     paths,
     pretrained,
+    stats,
     training,
     weights,
 )
@@ -482,8 +483,7 @@ def scores(stored: Stored, measure: str) -> np.ndarray | None:
     """What a cell scores on each item: (items,) float64; None where it was not measured.
 
     The mean is the measure: the share of right answers, or for LOSS the mean loss per token in
-    nats. That is a ratio of two means, so an example's score is its part of the linearised ratio,
-    loss + (sum - loss * tokens) / (mean tokens): other examples would have had other lengths too.
+    nats, a ratio, of which an example's score is its part (`stats.ratio_parts`).
 
     Arguments: measure, one of MEASURES.
     """
@@ -504,10 +504,9 @@ def _row(stored: Stored, measure: str) -> _Row | None:
     """None where it was not measured."""
     if measure == LOSS:
         after = stored.report["held_out"]["after"]
-        sums, tokens = np.array(after["sums"]), np.array(after["tokens"], float)
-        loss = sums.sum() / tokens.sum()
-        setting = (stored.report["hashes"]["data"], stored.report["dtype"], len(tokens))
-        return _Row(loss + (sums - loss * tokens) / tokens.mean(), after["tokens"], setting)
+        parts = stats.ratio_parts(after["sums"], after["tokens"])
+        setting = (stored.report["hashes"]["data"], stored.report["dtype"], len(parts))
+        return _Row(parts, after["tokens"], setting)
     task, score = _SCORES[measure]
     found, protocol = stored.evaluation.scores.get(task), stored.evaluation.protocol
     if found is None:
