@@ -239,6 +239,28 @@ def test_what_makes_no_sense_is_refused(call, message):
         call()
 
 
+def test_treatments_that_are_one_have_uniform_p():
+    rng = np.random.default_rng(8)
+    blocks = 10 * rng.standard_normal(3)
+    p = [
+        stats.blocked_permutation_test(rng.standard_normal((5, 3)) + blocks, replicates=200)
+        for _ in range(300)
+    ]
+    assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
+
+
+def test_a_treatment_that_is_other_is_found_by_counting_deals():
+    """Three nines in one row: any of 3 rows, the rest of each column in any of 2 orders."""
+    values = np.array([[1, 2, 3], [1, 2, 3], [10, 11, 12]])
+    assert stats.blocked_permutation_test(values) == 3 * 2**3 / 6**3
+
+
+@pytest.mark.parametrize("values", [np.ones(3), np.ones((1, 3)), np.full((2, 2), np.nan)])
+def test_treatments_without_blocks_are_refused(values):
+    with pytest.raises(WdlibError, match="a column for each block"):
+        stats.blocked_permutation_test(values)
+
+
 def test_the_parts_of_a_ratio_say_what_it_would_be_without_an_item():
     rng = np.random.default_rng(2)
     sizes = rng.integers(1, 50, 9)

@@ -97,6 +97,41 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
     return McNemar(n01, n10, p)
 
 
+def blocked_permutation_test(
+    values: np.ndarray, *, replicates: int = REPLICATES, seed: int = 0
+) -> float:
+    """p-value of "all treatments are one", each of which was tried once in every block.
+
+    Blocks differ as they like. Within a block the values are dealt to the treatments anew, and the
+    variance of the treatments' means is compared with the real one; all deals are taken where they
+    are fewer than the replicates.
+
+    Arguments: values (treatments, blocks), such as the losses of some initialisations (rows) with
+    some seeds (columns).
+    Raises: WdlibError unless there are two treatments or more, and finite values.
+    """
+    values = np.asarray(values, float)
+    if values.ndim != 2 or len(values) < 2 or not values.size or not np.isfinite(values).all():
+        raise WdlibError(
+            f"values of shape {values.shape} are no treatments in blocks: give finite ones, a row "
+            "for each of two treatments or more and a column for each block"
+        )
+
+    def spread(*treatments: np.ndarray, axis: int) -> np.ndarray:
+        return np.var([t.mean(axis=axis) for t in treatments], axis=0)
+
+    found = stats.permutation_test(
+        tuple(values),
+        spread,
+        permutation_type="samples",
+        alternative="greater",
+        vectorized=True,
+        n_resamples=replicates,
+        rng=seed,
+    )
+    return float(found.pvalue)
+
+
 def ratio_parts(sums: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Scores of items whose mean score is a ratio, such as a loss per token: (..., items) float64.
 
