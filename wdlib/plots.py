@@ -703,7 +703,7 @@ def forest(data: pd.DataFrame, ax: Axes) -> Axes:
 def _rows_around_zero(labels: Sequence[str], ax: Axes) -> Axes:
     """Name the rows of an axes, the first at the top, and mark zero."""
     ax.axvline(0, color=INK, lw=0.6)
-    ax.xaxis.set_major_locator(plt.MaxNLocator(4))
+    ax.xaxis.set_major_locator(plt.MaxNLocator(3))
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.5, -0.5)
     return ax
