@@ -292,13 +292,12 @@ def _reordered(doc: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
 def _scores(items: _Items, answers: Sequence[float]) -> Scores:
     width = max(map(len, items.options))
     loglikelihood = np.full((len(items.shown), len(items.orders), width), np.nan, np.float32)
+    characters = np.zeros((len(items.shown), width), np.int32)
     taken = iter(answers)
     for row, options in enumerate(items.options):
+        characters[row, : len(options)] = [len(option) for option in options]
         for order in range(len(items.orders)):
             loglikelihood[row, order, : len(options)] = list(itertools.islice(taken, len(options)))
-    characters = np.zeros((len(items.shown), width), np.int32)
-    for row, options in enumerate(items.options):
-        characters[row, : len(options)] = [len(option) for option in options]
     texts = ["\0".join(itertools.chain(*(r.args for r in shown[0]))) for shown in items.shown]
     checksums = np.array([zlib.crc32(text.encode()) for text in texts], np.uint32)
     gold = np.array(items.gold, np.int8)

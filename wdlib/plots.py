@@ -674,7 +674,7 @@ def loss_and_gap(data: pd.DataFrame, axes: Sequence[Axes]) -> None:
     names = {"loss": "training loss, nats per token", "gap": "nats per token, minus default"}
     for ax, (value, name) in zip(axes, names.items(), strict=True):
         training_curves(data, ax, value).set_ylabel(name)
-    axes[0].figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
 
 
 def by_variant(data: pd.DataFrame, ax: Axes) -> Axes:

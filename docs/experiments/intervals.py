@@ -35,8 +35,6 @@ from wdlib.stats import paired_bootstrap, ratio_parts, wilson
 DRAWS = 1000
 REPLICATES = 1000
 SEEDS = (1, 3, 5)
-ITEMS = {"losses": (198,), "ratios": (100,)}  # the slowest: every value is another
-MANY_ITEMS = (198, 1172)
 LUCK = {
     "answers": (0.0, 0.05, 0.15, 0.5),
     "collapse": (0.32,),
@@ -44,6 +42,8 @@ LUCK = {
     "ratios": (0.05,),
     "one-sided": (0.32,),
 }
+ITEMS = dict.fromkeys(LUCK, (198, 1172))
+ITEMS |= {"losses": (198,), "ratios": (100,)}  # the slowest: every value is another
 ACCURACY = 0.25
 DIFFICULTY, LIKING, REST = 1.0, 0.3, 0.3  # standard deviations of the latent parts
 WITHOUT_LUCK = sqrt(DIFFICULTY**2 + LIKING**2 + REST**2)
@@ -164,7 +164,7 @@ def main() -> None:
     cells = [
         (scores, luck, seeds, items)
         for scores in LUCK
-        for luck, seeds, items in product(LUCK[scores], SEEDS, ITEMS.get(scores, MANY_ITEMS))
+        for luck, seeds, items in product(LUCK[scores], SEEDS, ITEMS[scores])
         if (scores, str(luck), str(seeds), str(items)) not in done
     ]
     for cell in tqdm(cells, unit="cell"):
