@@ -10,8 +10,8 @@ import pytest
 from numpy.testing import assert_allclose
 from scipy import stats
 
-from wdlib import TYPES, WdlibError, characterize, paths, spectra
-from wdlib.characterize import (
+from wdlib import TYPES, WdlibError, characterise, paths
+from wdlib.characterise import (
     NORMAL,
     POWER_LAW,
     UNDECIDED,
@@ -22,8 +22,9 @@ from wdlib.characterize import (
     group,
     stability,
 )
-from wdlib.fits import fit_power_law
-from wdlib.spectra import Spectra
+from wdlib.fits.estimators import power_law
+from wdlib.spectra import store
+from wdlib.spectra.store import Spectra
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +67,9 @@ def test_light_power_laws_are_hardly_ever_called_normal(experiment):
 
 def test_an_exponential_set_favours_neither():
     x = stats.expon.ppf((np.arange(300) + 0.5) / 300)
-    assert characterize._favoured(x) == 0
-    assert characterize._favoured(stats.norm(5, 1).ppf((np.arange(300) + 0.5) / 300)) == -1
-    assert characterize._favoured(stats.pareto(1.5).ppf((np.arange(300) + 0.5) / 300)) == 1
+    assert characterise._favoured(x) == 0
+    assert characterise._favoured(stats.norm(5, 1).ppf((np.arange(300) + 0.5) / 300)) == -1
+    assert characterise._favoured(stats.pareto(1.5).ppf((np.arange(300) + 0.5) / 300)) == 1
 
 
 def test_exponential_sets_are_hardly_ever_called_power_law(experiment):
@@ -86,7 +87,7 @@ def test_a_tail_of_one_vector_is_no_evidence():
 
 def test_the_likelihoods_are_those_of_densities_that_integrate_to_one():
     x = np.random.default_rng(0).lognormal(size=400)
-    start, pareto, normal, exponential = characterize._likelihoods(x)
+    start, pareto, normal, exponential = characterise._likelihoods(x)
     tail = x[x >= start]
     assert tail.size == 360
     shape, _, _ = stats.pareto.fit(tail, floc=0, fscale=start)
@@ -166,21 +167,21 @@ def test_a_planted_grouping_comes_back(experiment, name):
 
 @pytest.fixture(scope="module")
 def smollm2() -> Characterisation:
-    return characterise(spectra.load("smollm2-135m-instruct"), rank=16, replicates=60)
+    return characterise(store.load("smollm2-135m-instruct"), rank=16, replicates=60)
 
 
 def test_a_characterisation_holds_every_pair_with_its_fit(smollm2):
     assert len(smollm2.pairs) == 28
     assert smollm2.rank == 16
-    values = spectra.load("smollm2-135m-instruct", rank=16).values
+    values = store.load("smollm2-135m-instruct", rank=16).values
     pair = smollm2.pair("up", "v")
     assert pair is smollm2.pair("v", "up")
     assert pair.verdict.label == POWER_LAW
-    fit = fit_power_law(characterize._table(values, ("v", "up")))
+    fit = power_law(characterise._table(values, ("v", "up")))
     assert (pair.alpha, pair.xmin) == (fit.alpha, fit.xmin)
     own = smollm2.pair("up", "up")
     assert own.verdict.n == 30 * 29 / 2
-    assert own.alpha == fit_power_law(characterize.cosine_distances(values["up"])).alpha
+    assert own.alpha == power_law(characterize.cosine_distances(values["up"])).alpha
     assert all((p.alpha is None) == (p.verdict.label != POWER_LAW) for p in smollm2.pairs)
     named = [t for g in smollm2.groups for t in (g.referenced, *g.members)]
     assert sorted(named) == sorted(TYPES)
@@ -189,7 +190,7 @@ def test_a_characterisation_holds_every_pair_with_its_fit(smollm2):
 
 
 def test_a_class_depends_on_its_own_pair_alone(smollm2):
-    stored = spectra.load("smollm2-135m-instruct", rank=16)
+    stored = store.load("smollm2-135m-instruct", rank=16)
     two = replace(stored, values={t: stored.values[t] for t in ("k", "up")})
     few = characterise(two, replicates=60)
     assert few.pair("k", "up") == smollm2.pair("k", "up")
@@ -197,13 +198,13 @@ def test_a_class_depends_on_its_own_pair_alone(smollm2):
 
 
 def test_a_characterisation_is_stored_with_its_provenance(smollm2, tmp_path):
-    path = characterize.save(smollm2, tmp_path / "new" / "model.json")
-    assert characterize.load(path) == smollm2
+    path = characterise.save(smollm2, tmp_path / "new" / "model.json")
+    assert characterise.load(path) == smollm2
     assert [p.name for p in path.parent.iterdir()] == ["model.json"]
     content = json.loads(path.read_text())
-    assert content["provenance"] == spectra.load("smollm2-135m-instruct").provenance
+    assert content["provenance"] == store.load("smollm2-135m-instruct").provenance
     assert len(content["provenance"]["sha256"]) == 64
-    assert content["rule"]["power_law_confidence"] == characterize.POWER_LAW_CONFIDENCE
+    assert content["rule"]["power_law_confidence"] == characterise.POWER_LAW_CONFIDENCE
     assert path.stat().st_size < 50_000
 
 
@@ -212,18 +213,18 @@ def test_another_file_is_refused_by_name(text, tmp_path):
     path = tmp_path / "other.json"
     path.write_text(text)
     with pytest.raises(WdlibError, match="other.json does not hold a characterisation"):
-        characterize.load(path)
+        characterise.load(path)
     with pytest.raises(WdlibError, match="absent.json"):
-        characterize.load(tmp_path / "absent.json")
+        characterise.load(tmp_path / "absent.json")
 
 
 def test_stored_results_are_what_the_code_gives():
     found = sorted((paths.DATA / "results" / "characterisation").glob("*-r16.json"))
     assert found
     for path in found:
-        kept = characterize.load(path)
+        kept = characterise.load(path)
         assert kept.model in path.name
-        again = characterise(spectra.load(kept.model), rank=16)
+        again = characterise(store.load(kept.model), rank=16)
         assert again.labels() == kept.labels()
         assert again.groups == kept.groups
 
@@ -249,15 +250,15 @@ def test_stability_counts_classes_over_layers_and_ranks():
 
 
 def test_stability_draws_other_layers():
-    stored = spectra.load("smollm2-135m-instruct", rank=16)
+    stored = store.load("smollm2-135m-instruct", rank=16)
     two = replace(stored, values={t: stored.values[t] for t in ("gate", "down")})
     found = stability(two, resamples=12, replicates=40)
     assert any(0 < found.changed(pair) < 1 for pair in found.labels)
 
 
 def test_every_pair_draws_its_own_resamples():
-    pairs = characterize._pairs(dict.fromkeys(TYPES))
-    assert len({tuple(characterize._seed(0, pair)) for pair in pairs}) == 28
+    pairs = characterise._pairs(dict.fromkeys(TYPES))
+    assert len({tuple(characterise._seed(0, pair)) for pair in pairs}) == 28
 
 
 def test_layers_cannot_be_drawn_where_types_have_different_numbers_of_vectors():

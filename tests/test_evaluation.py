@@ -16,13 +16,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wdlib import WdlibError, evaluation
-from wdlib.evaluation import Protocol, Scores, evaluate
+from wdlib import WdlibError
+from wdlib.lora import evaluation, scores
+from wdlib.lora.benchmarks import (
+    _SOURCES,
+    GPQA_PASSWORD,
+    TASKS,
+    Protocol,
+    _task,
+    option_orders,
+    quiet,
+    requests,
+)
+from wdlib.lora.evaluation import evaluate
+from wdlib.lora.scores import Scores, accuracy, answers, correct, debiased, letters
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("lm_eval")
 
-GPQA, ARC, HELLASWAG = evaluation.TASKS
+GPQA, ARC, HELLASWAG = TASKS
 TEXT = "the a river stone light sings turns under seven green 12 305 bright — über not"
 WORDS = TEXT.split()
 
@@ -60,7 +72,7 @@ def locked(data: bytes, password: bytes) -> bytes:
 def write_locked(path: Path, name: str, data: bytes) -> None:
     """A zip file of one stored, encrypted member."""
     buffer = io.BytesIO()
-    secret = locked(data, evaluation.GPQA_PASSWORD)
+    secret = locked(data, GPQA_PASSWORD)
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr(name, secret)
     raw = bytearray(buffer.getvalue())
@@ -177,7 +189,7 @@ def measured(model, tokenizer, data):
 
 
 def requests(name: str, data: Path, **options) -> list:
-    shown = evaluation._requests(name, Protocol(**options), data).shown
+    shown = requests(name, Protocol(**options), data).shown
     return [request for item in shown for request in itertools.chain(*item)]
 
 
@@ -185,13 +197,13 @@ def harness(model, tokenizer, given: list) -> np.ndarray:
     """What lm-eval's own model class answers."""
     from lm_eval.models.huggingface import HFLM
 
-    with evaluation._quiet():
+    with quiet():
         plain = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=4)
         return np.array(plain.loglikelihood(given, disable_tqdm=True))
 
 
 def ours(model, tokenizer, given: list) -> np.ndarray:
-    with evaluation._quiet():
+    with quiet():
         scorer = evaluation._scorer(model, tokenizer, "float32")
         return np.array(scorer.loglikelihood(given, disable_tqdm=True))
 
@@ -209,7 +221,7 @@ def command_line(model, tokenizer, items, tmp_path_factory) -> dict[str, list[di
     tokenizer.save_pretrained(folder / "model")
     tasks = Path(lm_eval.__file__).parent / "tasks"
     for name, rows in items.items():
-        source = evaluation._SOURCES[name]
+        source = _SOURCES[name]
         split = {GPQA: "train", ARC: "test", HELLASWAG: "validation"}[name]
         file = folder / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -235,7 +247,7 @@ def command_line(model, tokenizer, items, tmp_path_factory) -> dict[str, list[di
     return samples
 
 
-@pytest.mark.parametrize("name", evaluation.TASKS)
+@pytest.mark.parametrize("name", TASKS)
 def test_equals_the_harness_command_line_to_the_last_item(name, measured, command_line) -> None:
     scores, samples = measured.scores[name], command_line[name]
     assert len(samples) == len(scores.gold)
@@ -247,13 +259,13 @@ def test_equals_the_harness_command_line_to_the_last_item(name, measured, comman
         assert np.isnan(scores.loglikelihood[row, 0, len(expected) :]).all()
     for normalised, metric in ((False, "acc"), (True, "acc_norm")):
         expected = [sample[metric] for sample in samples]
-        found = evaluation.correct(scores, normalised=normalised)[:, 0]
+        found = correct(scores, normalised=normalised)[:, 0]
         np.testing.assert_array_equal(found, expected)
-        assert evaluation.accuracy(scores, normalised=normalised) == np.mean(expected)
+        assert accuracy(scores, normalised=normalised) == np.mean(expected)
         assert 0 < np.mean(expected) < 1
 
 
-@pytest.mark.parametrize("name", evaluation.TASKS)
+@pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize(("batch", "tree"), [(2048, 1024), (300, 150)])
 def test_trees_equal_one_request_at_a_time(
     name, batch, tree, model, tokenizer, data, monkeypatch
@@ -338,17 +350,17 @@ def test_bfloat16_is_near_and_makes_no_ties(model, tokenizer, data, measured) ->
 
 
 def test_orders_are_balanced() -> None:
-    every = evaluation.option_orders(24)
+    every = option_orders(24)
     assert len({tuple(order) for order in every}) == 24
     np.testing.assert_array_equal(every[0], range(4))
-    np.testing.assert_array_equal(evaluation.option_orders(1), every[:1])
+    np.testing.assert_array_equal(option_orders(1), every[:1])
     for start in range(0, 24, 4):
         np.testing.assert_array_equal(np.sort(every[start : start + 4], axis=0)[:, 0], range(4))
         assert (every[start : start + 4].sum(axis=0) == 6).all()
 
 
 def test_options_stand_where_the_orders_say(items, data) -> None:
-    found = evaluation._requests(GPQA, Protocol(orders=24), data)
+    found = requests(GPQA, Protocol(orders=24), data)
     for row, shown, gold in zip(items[GPQA], found.shown, found.gold, strict=True):
         truth = row["Correct Answer"]
         texts = []
@@ -393,11 +405,11 @@ def test_a_model_in_training_is_scored_at_rest(tokenizer, data, measured) -> Non
 def test_the_order_of_options_depends_on_the_seed_alone(data) -> None:
     random.seed(5)
     state = random.getstate()
-    first = evaluation._requests(GPQA, Protocol(), data)
+    first = requests(GPQA, Protocol(), data)
     assert random.getstate() == state
     random.seed(6)
-    again = evaluation._requests(GPQA, Protocol(), data)
-    other = evaluation._requests(GPQA, Protocol(seed=1), data)
+    again = requests(GPQA, Protocol(), data)
+    other = requests(GPQA, Protocol(seed=1), data)
     assert [r.args for r in first.shown[0][0]] == [r.args for r in again.shown[0][0]]
     assert first.gold == again.gold
     assert first.gold != other.gold
@@ -417,11 +429,11 @@ def test_the_hub_gives_what_a_local_file_gives(items, data, tmp_path, monkeypatc
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     random.seed(9)
-    with evaluation._quiet():
-        _earlier = evaluation._task(GPQA, None, None)  # stores its own shuffle beside the data
+    with quiet():
+        _earlier = _task(GPQA, None, None)  # stores its own shuffle beside the data
     assert list((tmp_path / "hub").glob("cache-*"))
-    found = evaluation._requests(GPQA, Protocol(), None)
-    expected = evaluation._requests(GPQA, Protocol(), data)
+    found = requests(GPQA, Protocol(), None)
+    expected = requests(GPQA, Protocol(), data)
     assert found.gold == expected.gold
     assert [r.args for r in found.shown[3][2]] == [r.args for r in expected.shown[3][2]]
     assert set(asked) == {("Idavidrein/gpqa", "gpqa_diamond")}
@@ -431,9 +443,7 @@ def test_the_hub_gives_what_a_local_file_gives(items, data, tmp_path, monkeypatc
 def test_no_question_is_written_or_said(model, tokenizer, data, tmp_path, capfd, caplog) -> None:
     protocol = Protocol(tasks=(GPQA,), limit={GPQA: 2})
     caplog.set_level(0)
-    evaluation.save(
-        evaluate(model, tokenizer, protocol=protocol, data_folder=data), tmp_path / "e.npz"
-    )
+    scores.save(evaluate(model, tokenizer, protocol=protocol, data_folder=data), tmp_path / "e.npz")
     out, err = capfd.readouterr()
     assert "secretword" not in out + err + caplog.text
     with np.load(tmp_path / "e.npz") as arrays:
@@ -491,8 +501,8 @@ def test_a_hub_that_cannot_be_reached(monkeypatch) -> None:
 
 def test_an_evaluation_comes_back_as_it_was_saved(measured, tmp_path) -> None:
     path = tmp_path / "new" / "run.npz"
-    evaluation.save(measured, path)
-    again = evaluation.load(path)
+    scores.save(measured, path)
+    again = scores.load(path)
     assert again.protocol == measured.protocol
     assert again.made == measured.made
     assert again.scores.keys() == measured.scores.keys()
@@ -509,7 +519,7 @@ def test_what_is_no_evaluation_is_refused(content, tmp_path) -> None:
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(WdlibError, match="run.npz is not a stored evaluation: evaluate again"):
-        evaluation.load(path)
+        scores.load(path)
 
 
 # ---- what follows from scores
@@ -517,7 +527,7 @@ def test_what_is_no_evaluation_is_refused(content, tmp_path) -> None:
 
 def scores(loglikelihood: np.ndarray, gold: list[int], characters=None) -> Scores:
     items, orders, width = loglikelihood.shape
-    shown = np.arange(width)[None] if orders == 1 else evaluation.option_orders(orders)
+    shown = np.arange(width)[None] if orders == 1 else option_orders(orders)
     lengths = np.full((items, width), 3) if characters is None else np.array(characters)
     names = np.arange(items, dtype=np.uint32)
     return Scores(loglikelihood.astype(np.float32), shown, np.array(gold), lengths, names)
@@ -527,18 +537,18 @@ def test_accuracy_by_hand() -> None:
     nan = np.nan
     by_hand = np.array([[[-1, -2, -3]], [[-2, -2, nan]], [[-4, -5, -9]], [[-5, -4, -3]]])
     found = scores(by_hand, [0, 0, 0, 2], [[1, 2, 3], [1, 1, 0], [1, 5, 1], [9, 4, 2]])
-    np.testing.assert_array_equal(evaluation.answers(found)[:, 0], [0, 0, 0, 2])
-    assert evaluation.accuracy(found) == 1
-    np.testing.assert_array_equal(evaluation.answers(found, normalised=True)[:, 0], [0, 0, 1, 0])
-    assert evaluation.accuracy(found, normalised=True) == 0.5
+    np.testing.assert_array_equal(answers(found)[:, 0], [0, 0, 0, 2])
+    assert accuracy(found) == 1
+    np.testing.assert_array_equal(answers(found, normalised=True)[:, 0], [0, 0, 1, 0])
+    assert accuracy(found, normalised=True) == 0.5
 
 
 @pytest.mark.parametrize("orders", [4, 8, 24])
 def test_always_the_same_letter_is_chance_over_orders(orders) -> None:
     lazy = np.tile([0.0, -1.0, -2.0, -3.0], (50, orders, 1))
     found = scores(lazy, np.random.default_rng(0).integers(0, 4, 50))
-    assert (evaluation.correct(found).mean(axis=1) == 0.25).all()
-    np.testing.assert_array_equal(evaluation.letters(found), [[50, 0, 0, 0]] * orders)
+    assert (correct(found).mean(axis=1) == 0.25).all()
+    np.testing.assert_array_equal(letters(found), [[50, 0, 0, 0]] * orders)
 
 
 def test_one_cycle_of_orders_stands_for_all_and_its_spread_covers_the_choice_of_it() -> None:
@@ -547,9 +557,9 @@ def test_one_cycle_of_orders_stands_for_all_and_its_spread_covers_the_choice_of_
     for _ in range(1000):  # other items each time, in an order of their own
         gold = rng.integers(0, 4, 60)
         worth = rng.normal(size=(60, 4)) + np.eye(4)[gold]
-        shown = worth[:, evaluation.option_orders(24)] + np.array([1.5, 0.0, 0.0, 1.0])
-        cycle.append(evaluation.correct(scores(shown[:, :4], gold)).mean(axis=1))
-        every.append(evaluation.correct(scores(shown, gold)).mean(axis=1))
+        shown = worth[:, option_orders(24)] + np.array([1.5, 0.0, 0.0, 1.0])
+        cycle.append(correct(scores(shown[:, :4], gold)).mean(axis=1))
+        every.append(correct(scores(shown, gold)).mean(axis=1))
     means, errors = [], []
     for shares in map(np.array, (cycle, every)):
         means.append(shares.mean())
@@ -563,19 +573,19 @@ def test_debiasing_takes_a_planted_liking_for_letters_away() -> None:
     rng = np.random.default_rng(2)
     gold = rng.integers(0, 4, 80)
     worth = rng.normal(size=(80, 4)) + 4 * np.eye(4)[gold]  # of each option
-    shown = worth[:, evaluation.option_orders(4)]
+    shown = worth[:, option_orders(4)]
     clean, biased = scores(shown, gold), scores(shown + np.array([9.0, 3.0, 0.0, -5.0]), gold)
-    assert evaluation.correct(biased).mean() < 0.4
-    found = evaluation.debiased(biased)
-    np.testing.assert_array_equal(evaluation.correct(found), evaluation.correct(clean))
-    shifted = evaluation.debiased(replace(clean, loglikelihood=clean.loglikelihood - 7))
+    assert correct(biased).mean() < 0.4
+    found = debiased(biased)
+    np.testing.assert_array_equal(correct(found), correct(clean))
+    shifted = debiased(replace(clean, loglikelihood=clean.loglikelihood - 7))
     np.testing.assert_allclose(shifted.loglikelihood, found.loglikelihood, atol=1e-4)
 
 
 def test_a_letter_is_worth_its_mean_over_orders() -> None:
     worth, liking = np.array([-3.0, -1.0, -2.0, -6.0]), np.array([2.0, 0.0, -1.0, 4.0])
-    shown = worth[evaluation.option_orders(4)][None]
-    found = evaluation.debiased(scores(shown + liking, [1]))
+    shown = worth[option_orders(4)][None]
+    found = debiased(scores(shown + liking, [1]))
     np.testing.assert_allclose(found.loglikelihood, shown - worth.mean(), atol=1e-6)
 
 

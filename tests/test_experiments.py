@@ -12,20 +12,29 @@ from numpy.testing import assert_allclose
 from peft import PeftModel
 from test_training import REFERENCE, home  # noqa: F401 (a fixture)
 
-from wdlib import (
-    TYPES,
-    WdlibError,
-    evaluation,
-    experiments,
-    fingerprints,
-    paths,
-    pretrained,
-    stats,
-    training,
+from wdlib import TYPES, WdlibError, paths, stats
+from wdlib.fingerprints import clusters, record
+from wdlib.fingerprints.clusters import cluster
+from wdlib.lora import data, evaluation, pretrained, results, training
+from wdlib.lora.benchmarks import TASKS, Protocol, option_orders
+from wdlib.lora.data import DATA, Example, examples, split, tokenise
+from wdlib.lora.grid import (
+    BEGUN,
+    EXTENDABLE,
+    FINISHED,
+    LACKING,
+    TO_DO,
+    _joined,
+    cells,
+    chosen,
+    finished,
+    run_cell,
+    run_grid,
+    state,
 )
-from wdlib.evaluation import Evaluation, Protocol, Scores
-from wdlib.experiments import BEGUN, EXTENDABLE, FINISHED, LACKING, TO_DO
-from wdlib.training import Run
+from wdlib.lora.results import LOSS, MEASURES, CellResult, measured, paired, scores
+from wdlib.lora.runs import Hyperparameters, Run
+from wdlib.lora.scores import Evaluation, Scores
 
 GPQA, ARC, HELLASWAG = "gpqa_diamond_zeroshot", "arc_challenge", "hellaswag"
 
@@ -98,18 +107,18 @@ def do_all(grid, places, home):  # noqa: F811
     def do_all(only=None):
         said = []
         options = {"data_folder": home / "data", "progress": said.append, "only": only}
-        experiments.run(grid, **options, **places)
+        run_grid(grid, **options, **places)
         return [line.rpartition(": ")[2] for line in said]
 
     return do_all
 
 
 def states(grid, places, only=None):
-    return [experiments.state(cell, **places) for cell in experiments.chosen(grid, only=only)]
+    return [state(cell, **places) for cell in chosen(grid, only=only)]
 
 
 def test_the_cells_go_by_tier_then_seed(grid):
-    found = experiments.cells(grid)
+    found = cells(grid)
     order = [(c.tier, c.run.init, c.run.seed) for c in found]
     first = [("first", init, seed) for seed in (1, 2) for init in ("default", "literal")]
     # The model as it is does not depend on the seed: one cell, with the seed of a run's default.
@@ -140,15 +149,15 @@ def test_the_cells_go_by_tier_then_seed(grid):
 def test_a_grid_with_a_mistake_is_refused(grid, old, new, message):
     grid.write_text(grid.read_text().replace(old, new, 1))
     with pytest.raises(WdlibError, match=message):
-        experiments.cells(grid)
+        cells(grid)
 
 
 def test_a_part_of_a_grid_can_be_chosen(grid):
-    assert {c.tier for c in experiments.chosen(grid, only="second")} == {"second"}
-    key = experiments.cells(grid)[2].run.key
-    assert [c.run.key for c in experiments.chosen(grid, only=key)] == [key]
+    assert {c.tier for c in chosen(grid, only="second")} == {"second"}
+    key = cells(grid)[2].run.key
+    assert [c.run.key for c in chosen(grid, only=key)] == [key]
     with pytest.raises(WdlibError, match="no cells 'third': its tiers are first, second"):
-        experiments.chosen(grid, only="third")
+        chosen(grid, only="third")
 
 
 def test_a_grid_is_done_once_and_grows(grid, places, do_all, asked):
@@ -167,21 +176,21 @@ def test_a_grid_is_done_once_and_grows(grid, places, do_all, asked):
     # Of the cell that both tiers ask for, ARC was measured on three items only.
     assert [protocol.tasks for _, protocol in asked[5:]] == [(ARC, HELLASWAG)] * 2
     assert all(path.stat().st_mtime_ns == at for path, at in trained.items())
-    stored = experiments.load(experiments.cells(grid)[1].run, results=places["results"])
+    stored = results.load(cells(grid)[1].run, results=places["results"])
     assert len(stored.evaluation.scores[ARC].gold) == 9
-    assert stored.report["key"] == experiments.cells(grid)[1].run.key
+    assert stored.report["key"] == cells(grid)[1].run.key
     assert len(stored.report["curve"]) == 2
     assert {p.suffix for p in places["results"].iterdir()} == {".json", ".npz"}
 
 
 def test_what_is_evaluated_is_the_trained_model(grid, places, do_all, asked, home):  # noqa: F811
-    cell = experiments.cells(grid)[-1]
+    cell = cells(grid)[-1]
     do_all(cell.run.key)
     ((model, _),) = asked
     loaded = pretrained.load(cell.run.model)
-    _, held_out = training.split(training.examples("alpaca", folder=home / "data"))
-    rows = training.tokenise(held_out, loaded.tokenizer, max_length=1024)
-    report = experiments.load(cell.run, results=places["results"]).report
+    _, held_out = split(examples("alpaca", folder=home / "data"))
+    rows = tokenise(held_out, loaded.tokenizer, max_length=1024)
+    report = results.load(cell.run, results=places["results"]).report
     found = training.held_out_loss(model, rows)["loss"]
     assert found == pytest.approx(report["held_out"]["after"]["loss"], abs=1e-5)
     assert found < report["held_out"]["before"]["loss"] - 1e-3
@@ -195,9 +204,9 @@ def test_only_what_is_missing_is_evaluated(grid, places, do_all, asked):
     grid.write_text(text)
     do_all("second")
     assert [protocol.tasks for _, protocol in asked[2:]] == [(GPQA,), (GPQA,)]
-    stored = experiments.load(experiments.cells(grid)[-1].run, results=places["results"])
+    stored = results.load(cells(grid)[-1].run, results=places["results"])
     assert stored.evaluation.protocol.tasks == (GPQA, ARC, HELLASWAG) == tuple(
-        task for task in evaluation.TASKS if task in stored.evaluation.scores
+        task for task in TASKS if task in stored.evaluation.scores
     )  # fmt: skip
     values = {task: s.loglikelihood.max() for task, s in stored.evaluation.scores.items()}
     assert values == {GPQA: 4.0, ARC: 2.0, HELLASWAG: 2.0}
@@ -206,7 +215,7 @@ def test_only_what_is_missing_is_evaluated(grid, places, do_all, asked):
 
 
 def test_another_adapter_makes_the_old_evaluation_void(grid, places, do_all, asked):
-    cell = experiments.cells(grid)[-1]
+    cell = cells(grid)[-1]
     do_all(cell.run.key)
     path = places["results"] / f"{cell.run.key}.json"
     report = json.loads(path.read_text())
@@ -215,7 +224,7 @@ def test_another_adapter_makes_the_old_evaluation_void(grid, places, do_all, ask
     grid.write_text(grid.read_text().replace(f"[{ARC}, {HELLASWAG}]", f"[{GPQA}, {ARC}]"))
     do_all(cell.run.key)
     assert asked[-1][1].tasks == (GPQA, ARC)
-    stored = experiments.load(cell.run, results=places["results"])
+    stored = results.load(cell.run, results=places["results"])
     assert set(stored.evaluation.scores) == {GPQA, ARC}
 
 
@@ -238,13 +247,13 @@ def test_a_cell_that_fails_does_not_stop_the_others(grid, places, do_all, asked,
 def test_a_cell_that_another_process_does_is_left_to_it(grid, places, do_all, asked):
     from filelock import FileLock
 
-    cell = experiments.cells(grid)[-1]
+    cell = cells(grid)[-1]
     places["work"].mkdir()
     with FileLock(places["work"] / f"{cell.run.key}.lock"):
         assert do_all(cell.run.key) == ["another process is doing it"]
     assert not asked
     (places["work"] / cell.run.key).mkdir()
-    assert experiments.state(cell, **places) == BEGUN
+    assert state(cell, **places) == BEGUN
 
 
 def test_the_processes_of_one_launcher_are_refused(grid, places, do_all, asked, monkeypatch):
@@ -253,7 +262,7 @@ def test_the_processes_of_one_launcher_are_refused(grid, places, do_all, asked, 
     with pytest.raises(WdlibError, match="2 processes of one launcher"):
         do_all()
     with pytest.raises(WdlibError, match="2 processes of one launcher"):
-        experiments.do(experiments.cells(grid)[0], **places)
+        run_cell(cells(grid)[0], **places)
     assert not places["work"].exists()
 
 
@@ -269,38 +278,38 @@ def test_a_model_is_evaluated_where_it_was_trained(grid, places, do_all, asked, 
 
 def test_other_data_than_that_of_the_results_is_refused(grid, places, do_all, asked, monkeypatch):
     do_all("first")
-    monkeypatch.setattr(training, "examples", lambda *_, **__: (training.Example(*"abc"),))
-    cell = experiments.cells(grid)[-1]
+    monkeypatch.setattr(data, "examples", lambda *_, **__: (Example(*"abc"),))
+    cell = cells(grid)[-1]
     with pytest.raises(WdlibError, match="'alpaca' is not the one that .* was trained on"):
-        experiments.do(cell, **places)
-    assert experiments.state(cell, **places) == TO_DO
+        run_cell(cell, **places)
+    assert state(cell, **places) == TO_DO
 
 
 def test_files_of_two_adapters_are_no_result(grid, places, do_all, asked):
-    cell = experiments.cells(grid)[-1]
+    cell = cells(grid)[-1]
     do_all(cell.run.key)
     path = places["results"] / f"{cell.run.key}.json"
     report = json.loads(path.read_text())
     report["hashes"]["adapter"] = "0" * 64  # of an earlier training, by a process that was stopped
     path.write_text(json.dumps(report))
-    assert experiments.load(cell.run, results=places["results"]) is None
+    assert results.load(cell.run, results=places["results"]) is None
     do_all(cell.run.key)
-    assert experiments.state(cell, **places) == FINISHED
+    assert state(cell, **places) == FINISHED
 
 
 def test_damaged_results_are_named(grid, places, do_all, asked):
-    cell = experiments.cells(grid)[-1]
+    cell = cells(grid)[-1]
     do_all(cell.run.key)
     (places["results"] / f"{cell.run.key}.json").write_text("{")
     with pytest.raises(WdlibError, match="is damaged"):
-        experiments.load(cell.run, results=places["results"])
+        results.load(cell.run, results=places["results"])
 
 
 @pytest.fixture
 def fingerprinted(grid, tmp_path, monkeypatch):
     """The grid with fingerprints in its second tier, and no task there; and quick clusters."""
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(fingerprints, "cluster", partial(fingerprints.cluster, starts=5))
+    monkeypatch.setattr(clusters, "cluster", partial(cluster, starts=5))
     text = grid.read_text().replace("{tasks: [arc_challenge, hellaswag]}", "{tasks: []}")
     text = text.replace("  second:\n", "  second:\n    fingerprint: true\n")
     grid.write_text(text.replace("      - {init: default}\n", "      - {init: untrained}\n"))
@@ -317,13 +326,11 @@ def weights_of(model):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft 0.21
 @pytest.mark.usefixtures("fingerprinted")
 def test_a_fingerprint_is_that_of_the_merged_model(grid, places, do_all, asked):
-    untrained, trained = experiments.chosen(grid, only="second")
+    untrained, trained = chosen(grid, only="second")
     do_all("second")
     assert not asked, "there was no task"
     assert states(grid, places, "second") == [FINISHED] * 2
-    before, after = (
-        experiments.load(c.run, results=places["results"]) for c in (untrained, trained)
-    )
+    before, after = (results.load(c.run, results=places["results"]) for c in (untrained, trained))
     assert after.evaluation.scores == {}
     assert len(after.report["curve"]) == 2
     adapter = places["work"] / trained.run.key / "adapter"
@@ -353,7 +360,7 @@ def test_a_fingerprint_is_that_of_the_merged_model(grid, places, do_all, asked):
 @pytest.mark.usefixtures("fingerprinted")
 def test_only_a_missing_fingerprint_is_measured(grid, places, do_all, asked, monkeypatch):
     do_all("second")
-    files = [fingerprint_file(c, places) for c in experiments.chosen(grid, only="second")]
+    files = [fingerprint_file(c, places) for c in chosen(grid, only="second")]
     first = [path.read_bytes() for path in files]
     others = [p for p in places["results"].iterdir() if not p.name.endswith(".fingerprint.json")]
     assert len(others) == 4
@@ -377,29 +384,29 @@ def test_only_a_missing_fingerprint_is_measured(grid, places, do_all, asked, mon
 
 @pytest.mark.usefixtures("fingerprinted")
 def test_the_fingerprint_of_another_adapter_is_void(grid, places, do_all, asked):
-    cell = experiments.chosen(grid, only="second")[1]
+    cell = chosen(grid, only="second")[1]
     do_all(cell.run.key)
     path = fingerprint_file(cell, places)
     right = path.read_bytes()
-    found = fingerprints.load(path)
+    found = record.load(path)
     wrong = replace(found, provenance={**found.provenance, "adapter": "0" * 64})
-    fingerprints.save(wrong, path)
-    assert experiments.load(cell.run, results=places["results"]).fingerprint is None
-    assert experiments.state(cell, **places) == EXTENDABLE
+    record.save(wrong, path)
+    assert results.load(cell.run, results=places["results"]).fingerprint is None
+    assert state(cell, **places) == EXTENDABLE
     do_all(cell.run.key)
     assert path.read_bytes() == right
     path.write_text("{")
     with pytest.raises(WdlibError, match=r"fingerprint.json does not hold a fingerprint"):
-        experiments.state(cell, **places)
+        state(cell, **places)
 
 
 @pytest.mark.usefixtures("fingerprinted")
 def test_a_tier_without_tasks_leaves_evaluations_alone(grid, places, do_all, asked):
     in_bfloat16 = grid.read_text().replace("limit: {arc", "dtype: bfloat16, limit: {arc")
     grid.write_text(in_bfloat16)
-    untrained = experiments.cells(grid)[0]
+    untrained = cells(grid)[0]
     do_all(untrained.run.key)
-    stored = experiments.load(untrained.run, results=places["results"])
+    stored = results.load(untrained.run, results=places["results"])
     assert stored.fingerprint is not None
     assert stored.evaluation.protocol == untrained.protocol
     assert len(asked) == 1
@@ -409,40 +416,40 @@ def test_a_tier_without_tasks_leaves_evaluations_alone(grid, places, do_all, ask
 def test_evaluations_join_task_by_task():
     known = evaluated(Protocol(tasks=(GPQA, ARC), limit={ARC: 5}, orders=4), 1.0)
     new = evaluated(Protocol(tasks=(ARC, HELLASWAG), limit={HELLASWAG: 7}, orders=8), 2.0)
-    joined = experiments._joined(known, new)
+    joined = _joined(known, new)
     assert joined.protocol == Protocol((GPQA, ARC, HELLASWAG), {HELLASWAG: 7}, orders=4)
     assert {t: len(s.gold) for t, s in joined.scores.items()} == {GPQA: 9, ARC: 9, HELLASWAG: 7}
     assert joined.made["seconds"] == 2.0
     assert set(joined.made["tasks"]) == {GPQA, ARC, HELLASWAG}
     other = replace(new, protocol=replace(new.protocol, seed=1))
-    assert experiments._joined(known, other) is other
+    assert _joined(known, other) is other
 
 
 def test_the_grid_of_the_project():
-    found = experiments.cells()
+    found = cells()
     assert {c.run.model for c in found} == {"smollm2-135m-instruct"}
     first = [c for c in found if c.tier == "tier1"]
     assert len(first) == 16
     assert [c.run.init for c in first[:4]] == ["untrained", "default", "literal", "preserved"]
     assert {c.tier for c in found if c.fingerprint} == {"tier1", "data"}
     by_data = [(c.run.data, c.run.seed) for c in found if c.tier == "data"]
-    assert by_data == [(data, seed) for seed in (3407, 1, 2) for data in training.DATA]
+    assert by_data == [(data, seed) for seed in (3407, 1, 2) for data in DATA]
     references = {c.run.characterisation() for c in found} - {None}
     assert all(path.is_file() for path in references)
 
 
 def test_the_papers_scale_passes_a_dry_run(tmp_path):
     path = paths.DATA / "experiments" / "paper-scale.yaml"
-    found = experiments.cells(path)
+    found = cells(path)
     assert {c.run.model for c in found} == {"smollm2-135m", "llama-3.2-1b"}
     assert {c.protocol for c in found if c.protocol.limit} == set()
     assert all(c.protocol.orders == 24 and len(c.protocol.tasks) == 3 for c in found)
     places = {"results": tmp_path, "work": tmp_path}
-    assert {experiments.state(c, **places) for c in found} == {TO_DO, LACKING}
-    from wdlib.models import catalogue
+    assert {state(c, **places) for c in found} == {TO_DO, LACKING}
+    from wdlib.checkpoints.catalogue import models
 
     named = {c.run.model for c in found} | {c.run.reference for c in found} - {None}
-    assert named <= set(catalogue())
+    assert named <= set(models())
 
 
 # What finished cells say -------------------------------------------------------------------------
@@ -455,7 +462,7 @@ def stored(right, *, losses=(3.0, 5.0), tokens=(1, 3), data="1", dtype="bfloat16
     arc = replace(scores(len(right)), loglikelihood=values)
     after = {"sums": list(losses), "tokens": list(tokens)}
     report = {"held_out": {"after": after}, "hashes": {"data": data}, "dtype": "float32"}
-    return experiments.Stored(report, Evaluation(Protocol((ARC,), dtype=dtype), {ARC: arc}, {}))
+    return CellResult(report, Evaluation(Protocol((ARC,), dtype=dtype), {ARC: arc}, {}))
 
 
 LITERAL = {"init": "literal", "reference": "qwen2.5-coder-0.5b-instruct"}
@@ -464,24 +471,24 @@ LITERAL = {"init": "literal", "reference": "qwen2.5-coder-0.5b-instruct"}
 def test_a_variant_is_what_differs_beside_seed_model_and_data():
     assert Run().variant == Run(seed=1, data="math", model="other").variant == "default"
     assert Run(**LITERAL).variant == "literal qwen2.5-coder-0.5b-instruct"
-    h = training.Hyperparameters(learning_rate=6e-4, rank=64)
+    h = Hyperparameters(learning_rate=6e-4, rank=64)
     varied = Run(**LITERAL, b_scale=0.3, hyperparameters=h)
     assert varied.variant == "literal qwen2.5-coder-0.5b-instruct lr0.0006 r64 b0.3"
 
 
 def test_a_measure_is_the_mean_of_its_items():
     cell = stored([True, False, True, True])
-    assert experiments.scores(cell, "ARC").tolist() == [1, 0, 1, 1]
-    assert experiments.scores(cell, "HellaSwag") is None
-    assert experiments.scores(cell, experiments.LOSS).mean() == pytest.approx(8 / 4)  # per token
+    assert scores(cell, "ARC").tolist() == [1, 0, 1, 1]
+    assert scores(cell, "HellaSwag") is None
+    assert scores(cell, LOSS).mean() == pytest.approx(8 / 4)  # per token
     shown = np.zeros((3, 4, 4), np.float32)
     shown[..., 0] = 1  # always "A"
-    cyclic = evaluation.option_orders(4)
+    cyclic = option_orders(4)
     gpqa = replace(scores(3), loglikelihood=shown, orders=cyclic, gold=np.array([0, 0, 2], np.int8))
     cell = replace(cell, evaluation=Evaluation(Protocol((GPQA,)), {GPQA: gpqa}, {}))
-    assert experiments.scores(cell, "GPQA").tolist() == [1, 1, 0]
-    assert experiments.scores(cell, "GPQA, orders").tolist() == [0.25] * 3
-    assert set(experiments.MEASURES) >= {"GPQA, debiased", "ARC, norm", "HellaSwag, norm"}
+    assert scores(cell, "GPQA").tolist() == [1, 1, 0]
+    assert scores(cell, "GPQA, orders").tolist() == [0.25] * 3
+    assert set(MEASURES) >= {"GPQA, debiased", "ARC, norm", "HellaSwag, norm"}
 
 
 def test_runs_pair_by_seed_and_item():
@@ -493,23 +500,23 @@ def test_runs_pair_by_seed_and_item():
         Run(**LITERAL, seed=9): stored([True] * 4),
     }
     literal = Run(**LITERAL).variant
-    assert experiments.measured(found, "default", "ARC").tolist() == [[1, 1, 0, 1], [0, 1, 1, 1]]
-    assert experiments.measured(found, literal, "ARC").tolist() == [[0, 0, 0], [1, 1, 1]]
-    first, second = experiments.paired(found, literal, "default", "ARC")
+    assert measured(found, "default", "ARC").tolist() == [[1, 1, 0, 1], [0, 1, 1, 1]]
+    assert measured(found, literal, "ARC").tolist() == [[0, 0, 0], [1, 1, 1]]
+    first, second = paired(found, literal, "default", "ARC")
     assert (first.tolist(), second.tolist()) == ([[0, 0, 0]], [[1, 1, 0]])  # seed 2, three items
-    first, second = experiments.paired(found, "default", "untrained", "ARC")
+    first, second = paired(found, "default", "untrained", "ARC")
     assert first.tolist() == [[1, 1, 0, 1], [0, 1, 1, 1]]
     assert second.tolist() == [[1, 1, 1, 1]]
-    assert experiments.paired(found, "default", "pissa", "ARC") is None
-    assert experiments.measured(found, "default", "GPQA") is None
+    assert paired(found, "default", "pissa", "ARC") is None
+    assert measured(found, "default", "GPQA") is None
     del found[Run(seed=2)]
-    assert experiments.paired(found, literal, "default", "ARC") is None  # no seed in common
+    assert paired(found, literal, "default", "ARC") is None  # no seed in common
 
 
 def test_what_was_not_measured_alike_does_not_pair():
-    def compare(measure=experiments.LOSS, **other):
+    def compare(measure=LOSS, **other):
         found = {Run(): stored([True] * 4), Run(**LITERAL): stored([True] * 4, **other)}
-        return experiments.paired(found, "default", Run(**LITERAL).variant, measure)
+        return paired(found, "default", Run(**LITERAL).variant, measure)
 
     assert compare() is not None
     alike = "not measured on the same items in the same way"
@@ -523,13 +530,13 @@ def test_what_was_not_measured_alike_does_not_pair():
     arc = found[Run()].evaluation.scores[ARC]
     arc.items[2] = 77
     with pytest.raises(WdlibError, match=alike):
-        experiments.paired(found, "default", "untrained", "ARC")
+        paired(found, "default", "untrained", "ARC")
 
 
 def test_runs_that_a_variant_does_not_tell_apart_are_refused():
-    longer = Run(hyperparameters=training.Hyperparameters(steps=600))
+    longer = Run(hyperparameters=Hyperparameters(steps=600))
     with pytest.raises(WdlibError, match="two runs are 'default' with seed 3407"):
-        experiments.measured({Run(): stored([True]), longer: stored([False])}, "default", "ARC")
+        measured({Run(): stored([True]), longer: stored([False])}, "default", "ARC")
 
 
 def test_the_interval_of_a_loss_knows_that_lengths_differ():
@@ -546,7 +553,7 @@ def test_the_interval_of_a_loss_knows_that_lengths_differ():
             stored([True], losses=sums[name][drawn], tokens=tokens[drawn]) for name in "ab"
         )
         found = {Run(): first, Run(init="pissa"): second}
-        pair = experiments.paired(found, "default", "pissa", experiments.LOSS)
+        pair = paired(found, "default", "pissa", LOSS)
         result = stats.paired_bootstrap(*pair, replicates=500)
         inside += result.low <= truth <= result.high
         assert_allclose(pair[0].mean(), sums["a"][drawn].sum() / tokens[drawn].sum())
@@ -555,9 +562,9 @@ def test_the_interval_of_a_loss_knows_that_lengths_differ():
 
 @pytest.mark.usefixtures("asked")
 def test_finished_cells_are_found_by_their_run(grid, places, do_all):
-    every = experiments.cells(grid)
-    assert experiments.finished(every, results=places["results"]) == {}
+    every = cells(grid)
+    assert finished(every, results=places["results"]) == {}
     do_all(every[1].run.key)
-    found = experiments.finished(every, results=places["results"])
+    found = finished(every, results=places["results"])
     assert list(found) == [every[1].run]
     assert found[every[1].run].report["key"] == every[1].run.key

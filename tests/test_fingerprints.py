@@ -13,27 +13,35 @@ from safetensors.numpy import save_file
 from scipy.stats import t as student_t
 from sklearn.metrics import adjusted_rand_score
 
-from wdlib import TYPES, WdlibError, cli, fingerprints, models, paths, spectra, weights
-from wdlib.fingerprints import (
+from wdlib import TYPES, WdlibError, cli, paths
+from wdlib.checkpoints import catalogue, stream
+from wdlib.fingerprints import clusters, record, values
+from wdlib.fingerprints.clusters import Clusters, K, choices, cluster, clustering_vector, matched
+from wdlib.fingerprints.identity import (
     COPY_THRESHOLD,
-    Clusters,
-    Moments,
-    cluster,
     cluster_distance,
-    clustering_vector,
+    comparisons,
     deviation_distance,
-    deviation_vector,
     distance_table,
-    effect,
     identify,
-    matched,
     matched_distance,
-    moments,
-    movements,
-    pooled,
+    pooled_vectors,
     recovery,
+    report,
     spectral_difference,
 )
+from wdlib.fingerprints.movement import READINGS, changed, effect, movements
+from wdlib.fingerprints.values import (
+    Moments,
+    ValueDistribution,
+    deviation_vector,
+    moments,
+    pooled,
+    quantiles,
+    tail_ratio,
+    value_tables,
+)
+from wdlib.spectra import jobs, store
 
 SHIPPED = sorted(path.stem for path in (paths.RESULTS / "fingerprints").glob("*.json"))
 
@@ -46,7 +54,7 @@ def rng(seed=0):
 
 
 def test_moments_are_numpys_in_one_pass_over_blocks(monkeypatch):
-    monkeypatch.setattr(fingerprints, "BLOCK", 1000)
+    monkeypatch.setattr(values, "BLOCK", 1000)
     matrix = rng().standard_normal((57, 91)).astype(np.float32) + 3
     found = moments(matrix)
     exact = matrix.astype(np.float64)
@@ -67,7 +75,7 @@ def test_moments_keep_their_digits_where_sums_of_squares_lose_them():
 def test_only_a_block_is_copied(monkeypatch):
     import tracemalloc
 
-    monkeypatch.setattr(fingerprints, "BLOCK", 10_000)
+    monkeypatch.setattr(values, "BLOCK", 10_000)
     matrix = np.ones((2000, 1000), np.float32)
     tracemalloc.start()
     moments(matrix)
@@ -107,16 +115,16 @@ def test_quantiles_and_tail_ratio_of_known_distributions():
     def binned(law, bins=8000):
         edges = np.linspace(-20, 20, bins + 1)
         density = np.diff(law.cdf(edges)) / (edges[1] - edges[0])
-        return weights.ValueDistribution(1, 0, 1, 0, (edges[:-1] + edges[1:]) / 2, density)
+        return ValueDistribution(1, 0, 1, 0, (edges[:-1] + edges[1:]) / 2, density)
 
     normal, laplace = binned(stats.norm()), binned(stats.laplace(scale=0.5**0.5))
     p = [1e-4, 0.1, 0.5, 0.975]
-    assert_allclose(fingerprints.quantiles(normal, p), stats.norm.ppf(p), atol=2e-3)
-    assert_allclose(fingerprints.tail_ratio(normal), 1, rtol=1e-3)
+    assert_allclose(quantiles(normal, p), stats.norm.ppf(p), atol=2e-3)
+    assert_allclose(tail_ratio(normal), 1, rtol=1e-3)
     wanted = (np.log(2e-4) / np.log(0.5)) / (stats.norm.ppf(1e-4) / stats.norm.ppf(0.25))
-    assert_allclose(fingerprints.tail_ratio(laplace), wanted, rtol=2e-3)
+    assert_allclose(tail_ratio(laplace), wanted, rtol=2e-3)
     narrow = replace(normal, centres=normal.centres / 10, density=normal.density * 5)
-    assert fingerprints.quantiles(narrow, [0.2, 0.9]).tolist() == [-2, 2]
+    assert quantiles(narrow, [0.2, 0.9]).tolist() == [-2, 2]
 
 
 # Clusters -------------------------------------------------------------------------------------
@@ -151,7 +159,7 @@ def test_unscaled_clusters_go_by_the_norm_of_their_centre():
 
 @pytest.mark.parametrize("model", ["smollm2-135m-instruct", "gemma-3-270m"])
 def test_clusters_of_a_real_model_do_not_hang_on_the_seed_or_on_the_last_digits(model):
-    kept = fingerprints.of(model)
+    kept = record.of(model)
     wanted = kept.clusters.assign(np.concatenate(list(kept.singular_values.values())))
     noisy = {t: v * (1 + 1e-7 * rng().random(v.shape)) for t, v in kept.singular_values.items()}
     found = cluster(noisy, seed=1).assign(np.concatenate(list(noisy.values())))
@@ -175,7 +183,7 @@ def test_matched_clusters_take_the_numbers_of_the_others():
 
 def test_the_right_number_of_well_separated_clusters_has_the_best_scores():
     vectors, _ = planted()
-    scores = {c.k: c for c in fingerprints.choices({"q": vectors}, range(2, 7), resamples=6)}
+    scores = {c.k: c for c in choices({"q": vectors}, range(2, 7), resamples=6)}
     assert max(scores.values(), key=lambda c: c.silhouette).k == 4
     assert scores[4].stability == 1
     assert scores[4].spread == 0
@@ -267,7 +275,7 @@ def house(tmp_path, monkeypatch):
     """Empty places for shipped fingerprints and for the cache; quick clusters."""
     for name in ("CACHE", "RESULTS"):
         monkeypatch.setattr(paths, name, tmp_path / name.lower())
-    monkeypatch.setattr(fingerprints, "cluster", partial(cluster, starts=20))
+    monkeypatch.setattr(clusters, "cluster", partial(cluster, starts=20))
     return tmp_path
 
 
@@ -297,14 +305,14 @@ def merged(tensors, size, *, rank=16):
 def requantised(tensors, kind):
     """Weights as they come back from a GGUF type."""
     return {
-        name: weights.requantise(weights.Projection(0, "q", name, matrix), kind).matrix
+        name: stream.requantise(stream.Projection(0, "q", name, matrix), kind).matrix
         for name, matrix in tensors.items()
     }
 
 
 def test_a_fingerprint_holds_what_the_weights_say(saved):
     tensors = matrices(0)
-    found = fingerprints.compute(saved("made", tensors), rank=8, k=3)
+    found = record.compute(saved("made", tensors), rank=8, k=3)
     assert (found.model, found.family, found.types) == ("made", "", TYPES)
     assert (found.rank, found.k, found.matrices) == (8, 3, LAYERS)
     for t in TYPES:
@@ -318,8 +326,8 @@ def test_a_fingerprint_holds_what_the_weights_say(saved):
 
 
 def test_a_type_that_is_absent_stays_absent_everywhere(saved):
-    encoder = fingerprints.compute(saved("encoder", matrices(0, gate=False)), rank=8, k=3)
-    decoder = fingerprints.compute(saved("decoder", matrices(0)), rank=8, k=3)
+    encoder = record.compute(saved("encoder", matrices(0, gate=False)), rank=8, k=3)
+    decoder = record.compute(saved("decoder", matrices(0)), rank=8, k=3)
     without = tuple(t for t in TYPES if t != "gate")
     assert encoder.types == tuple(encoder.deviation_vector()) == without
     assert tuple(encoder.clustering_vector()) == without
@@ -329,58 +337,58 @@ def test_a_type_that_is_absent_stays_absent_everywhere(saved):
 
 
 def test_a_stored_fingerprint_comes_back_and_equal_ones_give_equal_bytes(saved, house):
-    found = fingerprints.compute(saved("made", matrices(0)), rank=8, k=3, family="Toy")
-    path = fingerprints.keep(found)
+    found = record.compute(saved("made", matrices(0)), rank=8, k=3, family="Toy")
+    path = record.keep(found)
     assert path.parent == paths.CACHE / "fingerprints"
-    back = fingerprints.load(path)
+    back = record.load(path)
     assert back.to_json() == found.to_json()
     assert back.family == "Toy"
-    assert [f.model for f in fingerprints.library()] == ["made"]
-    assert fingerprints.of(house / "made.safetensors", rank=8, k=3).to_json() == found.to_json()
-    fewer = fingerprints.of(house / "made.safetensors", rank=4, k=2)
+    assert [f.model for f in record.library()] == ["made"]
+    assert record.of(house / "made.safetensors", rank=8, k=3).to_json() == found.to_json()
+    fewer = record.of(house / "made.safetensors", rank=4, k=2)
     assert (fewer.rank, fewer.k, fewer.family) == (4, 2, "Toy")
     path.write_text('{"model": "x"}')
     with pytest.raises(WdlibError, match=r"made-\w+\.json does not hold a fingerprint"):
-        fingerprints.library()
+        record.library()
 
 
 def test_a_folder_named_like_a_shipped_model_is_read(saved, house, monkeypatch):
     monkeypatch.chdir(house)
-    shipped = fingerprints.compute(saved("made", matrices(0)), rank=8, k=3)
-    (house / models.DEFAULT).mkdir()
-    saved(f"{models.DEFAULT}/model", matrices(1))
-    fingerprints.save(shipped, paths.RESULTS / "fingerprints" / f"{models.DEFAULT}.json")
-    for model in (f"./{models.DEFAULT}", Path(models.DEFAULT), house / models.DEFAULT):
-        found = fingerprints.of(model, rank=8, k=3)
-        assert (found.model, found.family) == (models.DEFAULT, "")
+    shipped = record.compute(saved("made", matrices(0)), rank=8, k=3)
+    (house / catalogue.DEFAULT).mkdir()
+    saved(f"{catalogue.DEFAULT}/model", matrices(1))
+    record.save(shipped, paths.RESULTS / "fingerprints" / f"{catalogue.DEFAULT}.json")
+    for model in (f"./{catalogue.DEFAULT}", Path(catalogue.DEFAULT), house / catalogue.DEFAULT):
+        found = record.of(model, rank=8, k=3)
+        assert (found.model, found.family) == (catalogue.DEFAULT, "")
         assert found.provenance["sha256"] != shipped.provenance["sha256"]
 
 
 def test_a_shipped_fingerprint_is_not_stored_again(saved):
-    found = fingerprints.compute(saved("made", matrices(0)), rank=8, k=3)
-    shipped = fingerprints.save(found, paths.RESULTS / "fingerprints" / "made.json")
-    assert fingerprints.keep(found) == shipped
-    other = fingerprints.compute(saved("made", matrices(1)), rank=8, k=3)
-    assert fingerprints.keep(other).parent == paths.CACHE / "fingerprints"
-    assert len(fingerprints.library()) == 2
+    found = record.compute(saved("made", matrices(0)), rank=8, k=3)
+    shipped = record.save(found, paths.RESULTS / "fingerprints" / "made.json")
+    assert record.keep(found) == shipped
+    other = record.compute(saved("made", matrices(1)), rank=8, k=3)
+    assert record.keep(other).parent == paths.CACHE / "fingerprints"
+    assert len(record.library()) == 2
 
 
 def test_what_is_stored_keeps_its_larger_rank_and_its_family(saved):
     path = saved("made", matrices(0))
-    found = fingerprints.compute(path, rank=8, k=3, family="Toy")
-    file = fingerprints.keep(found)
-    assert fingerprints.keep(found.clustered(rank=4)) == file
-    assert fingerprints.keep(fingerprints.compute(path, rank=4, k=3)) == file
-    assert fingerprints.load(file).to_json() == found.to_json()
-    fingerprints.keep(replace(found.clustered(rank=4), family="Other"))
-    assert fingerprints.load(file).to_json() == replace(found, family="Other").to_json()
-    fingerprints.keep(fingerprints.compute(path, rank=16, k=3))
-    assert (fingerprints.load(file).rank, fingerprints.load(file).family) == (16, "Other")
-    assert fingerprints.of(path, rank=32, k=3).family == "Other"
+    found = record.compute(path, rank=8, k=3, family="Toy")
+    file = record.keep(found)
+    assert record.keep(found.clustered(rank=4)) == file
+    assert record.keep(record.compute(path, rank=4, k=3)) == file
+    assert record.load(file).to_json() == found.to_json()
+    record.keep(replace(found.clustered(rank=4), family="Other"))
+    assert record.load(file).to_json() == replace(found, family="Other").to_json()
+    record.keep(record.compute(path, rank=16, k=3))
+    assert (record.load(file).rank, record.load(file).family) == (16, "Other")
+    assert record.of(path, rank=32, k=3).family == "Other"
 
 
 def test_who_made_a_fingerprint_is_said_of_the_one_that_is_there(saved):
-    found = fingerprints.compute(saved("made", matrices(0)), rank=8, k=3)
+    found = record.compute(saved("made", matrices(0)), rank=8, k=3)
     assert found.provenance["made by"].endswith("compute(rank=8, k=3)")
     fewer = found.clustered(rank=4, k=2).provenance
     assert fewer["made by"].endswith("clustered(rank=4, k=2)")
@@ -390,13 +398,13 @@ def test_who_made_a_fingerprint_is_said_of_the_one_that_is_there(saved):
 def test_ranks_and_clusters_that_are_not_there_are_refused(saved, monkeypatch):
     path = saved("made", matrices(0))
     with pytest.raises(WdlibError, match="rank 33 is out of range for made.*from 1 to 32"):
-        fingerprints.of(path, rank=33)
+        record.of(path, rank=33)
     with monkeypatch.context() as patch:
-        patch.setattr(spectra, "of", None)
+        patch.setattr(jobs, "of", None)
         for k in (0, 43):
             with pytest.raises(WdlibError, match=f"42 matrices of .* do not make {k} clusters"):
-                fingerprints.of(path, rank=8, k=k)
-    found = fingerprints.compute(path, rank=8, k=3)
+                record.of(path, rank=8, k=k)
+    found = record.compute(path, rank=8, k=3)
     with pytest.raises(WdlibError, match="holds ranks 1 to 8, not 9"):
         found.clustered(rank=9)
     with pytest.raises(WdlibError, match="do not make 99 clusters"):
@@ -405,7 +413,7 @@ def test_ranks_and_clusters_that_are_not_there_are_refused(saved, monkeypatch):
 
 def test_halves_are_the_layers_of_even_and_odd_number(saved):
     tensors = matrices(0)
-    even, odd = fingerprints.compute(saved("made", tensors), rank=8, k=3).halves()
+    even, odd = record.compute(saved("made", tensors), rank=8, k=3).halves()
     kept = {n: m for n, m in tensors.items() if int(n.split(".")[2]) % 2}
     values = np.concatenate([m.ravel() for n, m in kept.items() if "q_proj" in n])
     assert_allclose(odd.deviations["q"], values.astype(np.float64).std(), rtol=1e-12)
@@ -416,7 +424,7 @@ def test_halves_are_the_layers_of_even_and_odd_number(saved):
 
 
 def test_a_mixture_of_experts_has_no_halves_and_says_how_many_matrices_it_has(saved):
-    dense = fingerprints.compute(saved("made", matrices(0)), rank=8, k=3)
+    dense = record.compute(saved("made", matrices(0)), rank=8, k=3)
     moments, values = dense.moments, dense.singular_values
     mixture = replace(
         dense,
@@ -425,31 +433,31 @@ def test_a_mixture_of_experts_has_no_halves_and_says_how_many_matrices_it_has(sa
     )
     with pytest.raises(WdlibError, match=r"made have \[6, 24\] vectors"):
         mixture.halves()
-    assert "6 to 24 matrices of each type" in fingerprints.report(mixture, [])
-    assert "6 matrices of each type" in fingerprints.report(dense, [])
+    assert "6 to 24 matrices of each type" in report(mixture, [])
+    assert "6 matrices of each type" in report(dense, [])
     assert json.loads(dense.to_json())["layers"] == 6
     content = json.loads(mixture.to_json())
     assert "layers" not in content
     assert (content["matrices"]["q"], content["matrices"]["up"]) == (6, 24)
-    assert fingerprints.Fingerprint.from_json(mixture.to_json()).to_json() == mixture.to_json()
+    assert record.Fingerprint.from_json(mixture.to_json()).to_json() == mixture.to_json()
 
 
 def test_three_ways_to_compare_clustering_vectors(saved):
-    one, two = (fingerprints.compute(saved(f"m{i}", matrices(i)), rank=8, k=3) for i in range(2))
+    one, two = (record.compute(saved(f"m{i}", matrices(i)), rank=8, k=3) for i in range(2))
     centres = one.clusters.centres[[1, 2, 0]]
     renumbered = replace(one, clusters=Clusters(centres))
-    tables = fingerprints.comparisons([one, renumbered, two])
+    tables = comparisons([one, renumbered, two])
     assert tables["canonical"][0, 1] > 0.1
     assert tables["matched"][0, 1] == tables["pooled"][0, 1] == 0
     for table in tables.values():
         assert_allclose(table, table.T)
         assert_allclose(np.diag(table), 0)
-    vectors = fingerprints.pooled_vectors([one, renumbered, two])
+    vectors = pooled_vectors([one, renumbered, two])
     assert tables["pooled"][0, 2] == cluster_distance(vectors[0], vectors[2])
 
 
 def test_value_tables_are_densities_and_shapes_of_every_type(saved):
-    densities, shapes = fingerprints.value_tables(saved("made", matrices(0)))
+    densities, shapes = value_tables(saved("made", matrices(0)))
     assert [row["type"] for row in shapes] == list(TYPES)
     for t in TYPES:
         area = sum(row["density"] for row in densities if row["type"] == t) * 40 / 200
@@ -470,8 +478,8 @@ GUISES = {
 
 @pytest.mark.parametrize("guise", GUISES)
 def test_copies_come_back_as_what_they_are(saved, guise):
-    known = [fingerprints.compute(saved(f"m{i}", matrices(i)), rank=16, k=3) for i in range(3)]
-    seen = fingerprints.compute(saved(guise, GUISES[guise](matrices(1))), rank=16, k=3)
+    known = [record.compute(saved(f"m{i}", matrices(i)), rank=16, k=3) for i in range(3)]
+    seen = record.compute(saved(guise, GUISES[guise](matrices(1))), rank=16, k=3)
     first, second, _ = identify(seen, known)
     assert first.model == "m1"
     assert first.is_copy
@@ -479,8 +487,8 @@ def test_copies_come_back_as_what_they_are(saved, guise):
 
 
 def test_a_model_of_other_weights_is_no_copy_and_a_model_is_not_its_own(saved):
-    known = [fingerprints.compute(saved(f"m{i}", matrices(i)), rank=16, k=3) for i in range(3)]
-    stranger = fingerprints.compute(saved("other", matrices(7)), rank=16, k=3)
+    known = [record.compute(saved(f"m{i}", matrices(i)), rank=16, k=3) for i in range(3)]
+    stranger = record.compute(saved("other", matrices(7)), rank=16, k=3)
     assert not any(n.is_copy for n in identify(stranger, known))
     assert [n.model for n in identify(known[0], known) if n.is_copy] == []
     assert len(identify(known[0], known)) == 2
@@ -490,14 +498,14 @@ def test_a_model_of_other_weights_is_no_copy_and_a_model_is_not_its_own(saved):
 
 
 def test_the_shipped_fingerprints_are_those_of_the_stored_spectra_and_pinned_weights():
-    from wdlib.models import catalogue
+    from wdlib.checkpoints.catalogue import models
 
     assert {"smollm2-135m-instruct", "gemma-3-270m", "all-minilm-l6-v2"} < set(SHIPPED)
     for model in SHIPPED:
-        kept, known = fingerprints.of(model), catalogue()[model]
+        kept, known = record.of(model), models()[model]
         assert (kept.model, kept.family, kept.rank, kept.k) == (model, known.family, 16, 7)
         assert kept.provenance["sha256"] == known.sources[0].sha256
-        for t, values in spectra.load(model, rank=16).values.items():
+        for t, values in store.load(model, rank=16).values.items():
             assert_allclose(kept.singular_values[t], values, rtol=1e-6)
             squares = sum(m.squares for m in kept.moments[t])
             assert (values**2).sum() < squares + sum(m.n * m.mean**2 for m in kept.moments[t])
@@ -505,11 +513,11 @@ def test_the_shipped_fingerprints_are_those_of_the_stored_spectra_and_pinned_wei
 
 
 def test_a_larger_rank_comes_from_the_stored_spectra():
-    assert fingerprints.of("gemma-3-270m", rank=64, k=3).rank == 64
+    assert record.of("gemma-3-270m", rank=64, k=3).rank == 64
 
 
 def test_no_two_shipped_models_are_taken_for_one_another():
-    known = [fingerprints.of(model) for model in SHIPPED]
+    known = [record.of(model) for model in SHIPPED]
     for one in known:
         assert all(n.spectral > 2 * COPY_THRESHOLD for n in identify(one, known))
 
@@ -531,7 +539,7 @@ def test_the_command_names_a_copy_and_stores_it(saved, capsys):
     assert "no stored model is close" in second
     stored = sorted(path.name[:6] for path in (paths.CACHE / "fingerprints").glob("*.json"))
     assert stored == ["origin", "strang", "unname"]
-    assert [f.family for f in fingerprints.library()] == ["Toy", "", ""]
+    assert [f.family for f in record.library()] == ["Toy", "", ""]
 
 
 def test_the_command_says_that_it_stored_only_what_it_did(saved, capsys):
@@ -544,9 +552,9 @@ def test_the_command_says_that_it_stored_only_what_it_did(saved, capsys):
     assert "json keeps rank 8, 3 clusters, family not known" in said[1]
     assert "share in cluster 2" in said[0]
     assert "share in cluster 3" not in said[0]
-    (kept,) = fingerprints.library()
+    (kept,) = record.library()
     assert (kept.rank, kept.k) == (16, 3)
-    assert cli._parser().parse_args(["fingerprint", path]).clusters == fingerprints.K
+    assert cli._parser().parse_args(["fingerprint", path]).clusters == K
 
 
 def test_the_command_fails_in_one_line_before_anything_is_stored(saved, capsys):
@@ -562,13 +570,13 @@ def test_the_command_fails_in_one_line_before_anything_is_stored(saved, capsys):
 
 def test_real_weights_in_another_guise_are_recognised(tmp_path, capsys, monkeypatch):
     """The encoder under another name, in other bits and with an adapter merged; and a stranger."""
-    real = {p.name: p.matrix for p in weights.projections("all-minilm-l6-v2")}
+    real = {p.name: p.matrix for p in stream.projections("all-minilm-l6-v2")}
     unnamed, stranger = tmp_path / "model.safetensors", tmp_path / "noise.safetensors"
     save_file(requantised(merged(real, 0.01), "Q4_0"), unnamed)
     order = rng()
     save_file({n: order.permuted(m.ravel()).reshape(m.shape) for n, m in real.items()}, stranger)
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(fingerprints, "cluster", partial(cluster, starts=20))
+    monkeypatch.setattr(clusters, "cluster", partial(cluster, starts=20))
     assert cli.main(["fingerprint", str(unnamed), str(stranger)]) == 0
     first, second = capsys.readouterr().out.split("\n\n")[:2]
     assert "a copy of all-minilm-l6-v2, or made from it" in first
@@ -625,10 +633,10 @@ def descendant(base, size, seed):
 
 
 def test_movements_among_a_model_and_its_descendants(saved):
-    base = fingerprints.compute(saved("made", matrices(0)), rank=8, k=3)
+    base = record.compute(saved("made", matrices(0)), rank=8, k=3)
     runs = [descendant(base, size, i) for i, size in enumerate((1e-9, 0.3, 0.3))]
     found = movements(base, runs)
-    assert tuple(found) == fingerprints.READINGS
+    assert tuple(found) == READINGS
     for name, table in found.items():
         assert table.shape == (4, 4), name
         assert_allclose(np.diag(table), 0, atol=1e-12)
@@ -643,9 +651,9 @@ def test_movements_among_a_model_and_its_descendants(saved):
     assert_allclose(found["clusters refitted"][2, 3], matched_distance(far, runs[2]))
     assert cluster_distance(own, given) > 0, "refitting makes a difference here"
     assert found["clusters of the base"][0, 1] == found["clusters refitted"][0, 1] == 0
-    changes = fingerprints.changed(base, far)
+    changes = changed(base, far)
     assert 0 < sum(c.sum() for c in changes.values()) < base.matrices * len(TYPES)
-    assert sum(c.sum() for c in fingerprints.changed(base, runs[0]).values()) == 0
+    assert sum(c.sum() for c in changed(base, runs[0]).values()) == 0
     for t, change in changes.items():
         assert change.shape == (base.matrices,)
         assert (change >= 0).all()

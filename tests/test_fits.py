@@ -10,18 +10,18 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 from scipy.integrate import quad
 
-from wdlib import TYPES, WdlibError, fits, paper, paths
-from wdlib.fits import (
+from wdlib import TYPES, WdlibError, paper, paths
+from wdlib.fits import estimators, goodness
+from wdlib.fits.estimators import (
     alpha_by_xmin,
     ccdf,
-    fit_full,
-    fit_loglog,
-    fit_power_law,
-    goodness_of_fit,
-    goodness_of_fit_vectors,
+    power_law,
     power_law_ccdf,
-    vector_bootstrap,
+    power_law_full,
+    power_law_loglog,
 )
+from wdlib.fits.goodness import goodness_of_fit, goodness_of_fit_vectors
+from wdlib.fits.resampling import vector_bootstrap
 
 
 def pareto(rng: np.random.Generator, n: int, alpha: float) -> np.ndarray:
@@ -74,12 +74,12 @@ def test_csn_equals_powerlaw(family):
         for seed in range(3):
             x = FAMILIES[family](np.random.default_rng([seed, n]), n)
             theirs = reference(x)
-            if np.unique(x[x > 0]).size < fits.MIN_DISTINCT:
+            if np.unique(x[x > 0]).size < estimators.MIN_DISTINCT:
                 assert np.isnan(theirs.alpha)
                 with pytest.raises(WdlibError, match="distinct"):
-                    fit_power_law(x)
+                    power_law(x)
                 continue
-            ours = fit_power_law(x)
+            ours = power_law(x)
             assert (ours.xmin, ours.n_tail) == (theirs.xmin, theirs.n_tail)
             assert_allclose(ours.alpha, theirs.alpha, rtol=1e-12)
             assert_allclose(ours.ks, theirs.D, atol=1e-14)
@@ -93,7 +93,7 @@ def test_the_scan_discards_no_winner(family):
     for seed in range(3):
         x = FAMILIES[family](np.random.default_rng([7, seed]), 1500)
         ks, xmin, alpha = brute_force(x[x > 0])
-        ours = fit_power_law(x)
+        ours = power_law(x)
         assert ours.xmin == xmin
         assert_allclose([ours.ks, ours.alpha], [ks, alpha], rtol=1e-11)
 
@@ -105,12 +105,14 @@ def test_powerlaw_as_it_comes_stops_at_three():
         import powerlaw
 
         bounded = powerlaw.Fit(x, verbose=0)
-    assert bounded.alpha < 3 < fit_power_law(x).alpha
+    assert bounded.alpha < 3 < power_law(x).alpha
 
 
 @pytest.mark.parametrize("alpha", [1.3, 1.78, 2.5, 4.0])
 def test_full_recovers_a_planted_exponent(alpha):
-    fitted = [fit_full(pareto(np.random.default_rng(seed), 2000, alpha)) for seed in range(200)]
+    fitted = [
+        power_law_full(pareto(np.random.default_rng(seed), 2000, alpha)) for seed in range(200)
+    ]
     estimates = np.array([fit.alpha for fit in fitted])
     # the maximum likelihood estimate of alpha - 1, xmin estimated too, is n/(n-2) too large
     truth = 1 + (alpha - 1) * 2000 / 1998
@@ -125,7 +127,7 @@ def test_csn_recovers_a_planted_exponent_and_start(alpha):
     for seed in range(100):
         rng = np.random.default_rng(seed)
         body = rng.uniform(0, 1, 2000)  # not a power law; the tail starts at 1
-        fitted.append(fit_power_law(np.concatenate([body, pareto(rng, 3000, alpha)])))
+        fitted.append(power_law(np.concatenate([body, pareto(rng, 3000, alpha)])))
     estimates = np.array([fit.alpha for fit in fitted])
     assert abs(estimates.mean() - alpha) < 3 * estimates.std(ddof=1) / np.sqrt(100)
     assert 0.95 < np.median([fit.xmin for fit in fitted]) < 1.2
@@ -135,7 +137,7 @@ def test_csn_recovers_a_planted_exponent_and_start(alpha):
 def test_loglog_recovers_the_exponent_of_exact_quantiles(alpha):
     # few empty or sparse bins, so that only the line itself is under test
     x = (1 - (np.arange(200_000) + 0.5) / 200_000 * (1 - 100 ** (1 - alpha))) ** (1 / (1 - alpha))
-    fit = fit_loglog(x)
+    fit = power_law_loglog(x)
     assert_allclose(fit.alpha, alpha, atol=0.005)
     assert_allclose([fit.xmin, fit.xmax], [1, 100], rtol=1e-2)
     assert fit.ks < 0.005
@@ -144,14 +146,14 @@ def test_loglog_recovers_the_exponent_of_exact_quantiles(alpha):
 
 def test_loglog_of_a_density_that_rises():
     x = np.sqrt((np.arange(100_000) + 0.5) / 100_000) + 1e-3  # p(x) ~ x: alpha = -1
-    fit = fit_loglog(x)
+    fit = power_law_loglog(x)
     assert fit.alpha < 0
     assert fit.ks < 0.1  # the law is normalised on the range of the data
 
 
 def test_loglog_of_a_flat_density_in_log_x():
     x = np.geomspace(1, 1000, 30_001)  # p(x) ~ 1/x: alpha = 1, cdf log(x) / log(1000)
-    fit = fit_loglog(x)
+    fit = power_law_loglog(x)
     assert_allclose(fit.alpha, 1, atol=1e-3)
     assert fit.ks < 1e-3
 
@@ -159,82 +161,85 @@ def test_loglog_of_a_flat_density_in_log_x():
 def test_loglog_leaves_empty_bins_out():
     # ten bins to a decade, the middle of three decades empty: the line goes through the rest
     x = np.concatenate([np.geomspace(1, 9.9, 3000), np.geomspace(101, 1000, 3000)])
-    assert_allclose(fit_loglog(x).alpha, 1, atol=0.02)
+    assert_allclose(power_law_loglog(x).alpha, 1, atol=0.02)
 
 
 def test_loglog_counts_ties():
     x = np.geomspace(1, 100, 2001)  # alone p(x) ~ 1/x; each as often as 1/x makes it x^-2
     tied = np.repeat(x, np.round(1e4 / x).astype(int))
-    assert_allclose(fit_loglog(tied).alpha, 2, atol=0.02)
+    assert_allclose(power_law_loglog(tied).alpha, 2, atol=0.02)
 
 
 def test_loglog_has_at_least_the_bins_asked_for():
     x = np.geomspace(1, 1.9, 40)  # 0.28 of a decade
     with pytest.raises(WdlibError, match="0.28 decades and fill 2 bins.*raise bins_per_decade"):
-        fit_loglog(x, bins_per_decade=7)
-    assert_allclose(fit_loglog(x, bins_per_decade=8).alpha, 1, atol=0.2)
+        power_law_loglog(x, bins_per_decade=7)
+    assert_allclose(power_law_loglog(x, bins_per_decade=8).alpha, 1, atol=0.2)
 
 
 @pytest.mark.parametrize("family", ["pareto 2.5", "lognormal", "uniform"])
 def test_full_equals_scipy(family):
     x = FAMILIES[family](np.random.default_rng(5), 500)
     shape, _, scale = stats.pareto.fit(x, floc=0)
-    fit = fit_full(x)
+    fit = power_law_full(x)
     assert_allclose([fit.alpha - 1, fit.xmin], [shape, scale], rtol=1e-12)
     assert fit.n_tail == fit.n == 500
 
 
 def test_ks_of_full_is_the_distance_from_below():
     x = FAMILIES["lognormal"](np.random.default_rng(6), 300)
-    fit = fit_full(x)
+    fit = power_law_full(x)
     cdf = stats.pareto(fit.alpha - 1, scale=fit.xmin).cdf(np.sort(x))
     assert_allclose(fit.ks, np.abs(cdf - np.arange(300) / 300).max(), rtol=1e-12)
 
 
-@pytest.mark.parametrize("method", fits.ESTIMATORS)
+@pytest.mark.parametrize("method", estimators.ESTIMATORS)
 @pytest.mark.parametrize("factor", [1e-6, 0.37, 1e5])
 def test_the_unit_of_the_data_changes_nothing(method, factor):
     x = FAMILIES["wide lognormal"](np.random.default_rng(8), 800)
-    before, after = fits.ESTIMATORS[method](x), fits.ESTIMATORS[method](x * factor)
+    before, after = estimators.ESTIMATORS[method](x), estimators.ESTIMATORS[method](x * factor)
     assert before.method == method
     assert_allclose(after.xmin, before.xmin * factor, rtol=1e-12)
     assert_allclose([after.alpha, after.ks], [before.alpha, before.ks], rtol=1e-9)
     assert after.n_tail == before.n_tail
 
 
-@pytest.mark.parametrize("method", fits.ESTIMATORS)
+@pytest.mark.parametrize("method", estimators.ESTIMATORS)
 def test_order_and_shape_change_nothing(method):
     x = FAMILIES["pareto, rounded"](np.random.default_rng(9), 600)
     shuffled = np.random.default_rng(0).permutation(x).reshape(20, 30)
-    assert fits.ESTIMATORS[method](shuffled) == fits.ESTIMATORS[method](x)
+    assert estimators.ESTIMATORS[method](shuffled) == estimators.ESTIMATORS[method](x)
 
 
-@pytest.mark.parametrize("method", fits.ESTIMATORS)
+@pytest.mark.parametrize("method", estimators.ESTIMATORS)
 def test_zeros_are_left_out_and_counted(method):
     x = FAMILIES["pareto 2.5"](np.random.default_rng(10), 200)
-    without, with_zeros = fits.ESTIMATORS[method](x), fits.ESTIMATORS[method](np.append(x, [0, 0]))
+    without, with_zeros = (
+        estimators.ESTIMATORS[method](x),
+        estimators.ESTIMATORS[method](np.append(x, [0, 0])),
+    )
     assert (with_zeros.n, with_zeros.n_zero, without.n_zero) == (202, 2, 0)
     assert (with_zeros.alpha, with_zeros.xmin) == (without.alpha, without.xmin)
     assert (with_zeros.ks, with_zeros.n_tail) == (without.ks, without.n_tail)
 
 
-@pytest.mark.parametrize("method", fits.ESTIMATORS)
+@pytest.mark.parametrize("method", estimators.ESTIMATORS)
 @pytest.mark.parametrize("bad", [-1e-9, np.nan, np.inf])
 def test_impossible_distances_are_named(method, bad):
     with pytest.raises(WdlibError, match=f"value 3 of 5 is {bad}"):
-        fits.ESTIMATORS[method](np.array([1.0, 2.0, 3.0, bad, 4.0]))
+        estimators.ESTIMATORS[method](np.array([1.0, 2.0, 3.0, bad, 4.0]))
 
 
-@pytest.mark.parametrize("method", fits.ESTIMATORS)
+@pytest.mark.parametrize("method", estimators.ESTIMATORS)
 def test_too_few_distinct_values_are_refused(method):
     with pytest.raises(WdlibError, match="3 distinct positive values among 6"):
-        fits.ESTIMATORS[method](np.array([1.0, 2.0, 2.0, 3.0, 3.0, 0.0]))
+        estimators.ESTIMATORS[method](np.array([1.0, 2.0, 2.0, 3.0, 3.0, 0.0]))
 
 
 def test_a_scan_that_ends_at_its_last_candidate_says_so():
-    assert fit_power_law(np.array([1, 10, 13.2, 20.5])).on_bound
-    assert not fit_power_law(pareto(np.random.default_rng(0), 500, 2.5)).on_bound
-    assert not fit_full(np.arange(1.0, 5)).on_bound
+    assert power_law(np.array([1, 10, 13.2, 20.5])).on_bound
+    assert not power_law(pareto(np.random.default_rng(0), 500, 2.5)).on_bound
+    assert not power_law_full(np.arange(1.0, 5)).on_bound
 
 
 def test_ccdf_counts_values_at_least_as_large():
@@ -246,7 +251,7 @@ def test_ccdf_counts_values_at_least_as_large():
 def test_power_law_ccdf_lies_on_the_data():
     rng = np.random.default_rng(11)
     data = np.concatenate([rng.uniform(0, 1, 5000), pareto(rng, 5000, 2.5)])
-    fit = fit_power_law(data)
+    fit = power_law(data)
     x, p = ccdf(data)
     law = power_law_ccdf(fit, x)
     assert np.isnan(law[x < fit.xmin]).all()
@@ -258,7 +263,7 @@ def test_power_law_ccdf_lies_on_the_data():
 
 @pytest.mark.parametrize("alpha", [-1.0, 0.5, 1.0, 1.78, 3.5])
 def test_the_truncated_law_integrates_its_density(alpha):
-    fit = fits.PowerLawFit(alpha, 2.0, 50.0, 0.0, 10, 5, 0, None, "loglog", False)
+    fit = estimators.PowerLawFit(alpha, 2.0, 50.0, 0.0, 10, 5, 0, None, "loglog", False)
     total = quad(lambda t: t**-alpha, 2, 50)[0]
     for x in (2.0, 3.0, 20.0, 49.0, 50.0, 60.0):
         expected = 0.5 * quad(lambda t: t**-alpha, min(x, 50), 50)[0] / total
@@ -266,7 +271,7 @@ def test_the_truncated_law_integrates_its_density(alpha):
 
 
 def test_far_tail_of_a_law_is_not_rounded_to_zero():
-    fit = fits.PowerLawFit(3.0, 1.0, np.inf, 0.0, 4, 4, 0, None, "csn", False)
+    fit = estimators.PowerLawFit(3.0, 1.0, np.inf, 0.0, 4, 4, 0, None, "csn", False)
     assert_allclose(power_law_ccdf(fit, np.array([1e12])), [1e-24])
 
 
@@ -355,9 +360,9 @@ def test_goodness_of_fit_holds_its_size_and_has_power():
 
 def test_replicates_are_drawn_from_the_law_and_from_the_body(monkeypatch):
     x = np.r_[0.0, np.full(3000, 0.5), pareto(np.random.default_rng(0), 1000, 2.5)]
-    fit, fit_once = fit_power_law(x), fits.fit_power_law
+    fit, fit_once = power_law(x), estimators.power_law
     draws = []
-    monkeypatch.setattr(fits, "fit_power_law", lambda d: draws.append(d) or fit_once(d))
+    monkeypatch.setattr(estimators, "power_law", lambda d: draws.append(d) or fit_once(d))
     goodness_of_fit(x, replicates=30)
     tails = [drawn[drawn >= fit.xmin] for drawn in draws[1:]]
     assert {drawn.size for drawn in draws[1:]} == {4000}
@@ -431,16 +436,16 @@ def test_vectors_reject_what_is_no_power_law():
 def test_shrinking_lies_between_independent_and_shared():
     rng = np.random.default_rng(9)
     alone = np.triu(rng.random((60, 60)), 1)
-    assert_allclose(fits._shrink(alone + alone.T, True, 0.0), np.sqrt(1 / 3), atol=0.03)
-    assert_allclose(fits._shrink(rng.random((90, 80)), False, 0.0), np.sqrt(1 / 3), atol=0.03)
+    assert_allclose(goodness._shrink(alone + alone.T, True, 0.0), np.sqrt(1 / 3), atol=0.03)
+    assert_allclose(goodness._shrink(rng.random((90, 80)), False, 0.0), np.sqrt(1 / 3), atol=0.03)
     u = rng.random(60)
-    assert fits._shrink(np.maximum(u[:, None], u), True, 0.0) == 1
+    assert goodness._shrink(np.maximum(u[:, None], u), True, 0.0) == 1
     half = product(rng, 60) + 3 * (alone + alone.T)
-    assert 0.6 < fits._shrink(half, True, 0.0) <= 1
+    assert 0.6 < goodness._shrink(half, True, 0.0) <= 1
 
 
 def test_weights_have_unit_moments():
-    w = fits._mammen(1_000_000, np.random.default_rng(0))
+    w = goodness._mammen(1_000_000, np.random.default_rng(0))
     assert (w > 0).all()
     assert_allclose(w.mean(), 1)
     assert_allclose([w.var(), ((w - 1) ** 3).mean()], [1, 1], atol=0.02)
@@ -456,13 +461,13 @@ def test_alpha_by_xmin():
     assert scan.n_tail[-1] == 10
     assert_array_equal(scan.n_tail, [(x >= xmin).sum() for xmin in scan.xmin])
     for i in (0, 20, 49):
-        full = fit_full(x[x >= scan.xmin[i]])
+        full = power_law_full(x[x >= scan.xmin[i]])
         found = [scan.alpha[i], scan.sigma[i], scan.ks[i]]
         assert_allclose(found, [full.alpha, full.sigma, full.ks])
     inside = (scan.xmin > 1) & (scan.n_tail > 300)
     assert (np.abs(scan.alpha - 2.5) < 4 * scan.sigma)[inside].all()
     assert scan.alpha[0] < 2
-    fit = fit_power_law(x)
+    fit = power_law(x)
     one = alpha_by_xmin(x, [0.999999 * fit.xmin])  # moved up to the next value
     assert_allclose([one.xmin[0], one.alpha[0], one.ks[0]], [fit.xmin, fit.alpha, fit.ks])
     with pytest.raises(WdlibError, match="fewer than three distinct values: the largest"):

@@ -8,28 +8,31 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 
-from wdlib import WdlibError, generator
-from wdlib.characterize import NORMAL, POWER_LAW, UNDECIDED, Pair, Verdict
-from wdlib.distances import cosine_distances
-from wdlib.fits import fit_power_law, vector_draws
-from wdlib.generator import (
+from wdlib import WdlibError, calibration, generator
+from wdlib.calibration import (
     Candidate,
-    GaussianCounts,
     Outcomes,
-    ParetoCounts,
     Target,
     calibrate,
     candidates,
-    counts_for,
-    generate,
     generated,
     measure,
     outcomes,
-    replace,
-    spectra_of,
     survey,
-    tail_exponent,
     target,
+)
+from wdlib.characterise import NORMAL, POWER_LAW, UNDECIDED, Pair, Verdict
+from wdlib.distances import cosine_distances
+from wdlib.fits.estimators import power_law
+from wdlib.fits.resampling import vector_draws
+from wdlib.generator import (
+    GaussianCounts,
+    ParetoCounts,
+    counts_for,
+    generate,
+    redraw_entries,
+    spectra_of,
+    tail_exponent,
     template,
 )
 
@@ -87,7 +90,7 @@ def test_as_many_entries_as_counted_are_new_and_the_rest_is_the_template():
     base = template(ENTRIES + 100, sigma=0.02, rng=rng())
     kept = base.copy()
     counts = np.array([0, 1, 17, ENTRIES // 2, ENTRIES])
-    arrays = replace(base, SHAPE, counts, sigma=0.02, rng=rng(1))
+    arrays = redraw_entries(base, SHAPE, counts, sigma=0.02, rng=rng(1))
     assert arrays.shape == (5, *SHAPE)
     assert arrays.dtype == np.float32
     new = (arrays.reshape(5, -1) != base[:ENTRIES]).sum(axis=1)
@@ -97,7 +100,7 @@ def test_as_many_entries_as_counted_are_new_and_the_rest_is_the_template():
 
 def test_new_entries_are_anywhere_and_as_wide_as_asked():
     base = np.zeros(600, dtype=np.float32)
-    arrays = replace(base, (20, 30), np.full(4000, 30), sigma=3.0, rng=rng())
+    arrays = redraw_entries(base, (20, 30), np.full(4000, 30), sigma=3.0, rng=rng())
     new = arrays.reshape(4000, 600) != 0
     expected = 4000 * 30 / 600
     assert stats.chisquare(new.sum(axis=0), np.full(600, expected)).pvalue > 0.01
@@ -132,9 +135,9 @@ def test_distances_do_not_know_sigma():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: replace(np.zeros(9), (2, 5), [1], sigma=1, rng=rng()), "draw 10"),
-        (lambda: replace(np.zeros(10), (2, 5), [11], sigma=1, rng=rng()), "clip them"),
-        (lambda: replace(np.zeros(10), (2, 5), [-1], sigma=1, rng=rng()), "clip them"),
+        (lambda: redraw_entries(np.zeros(9), (2, 5), [1], sigma=1, rng=rng()), "draw 10"),
+        (lambda: redraw_entries(np.zeros(10), (2, 5), [11], sigma=1, rng=rng()), "clip them"),
+        (lambda: redraw_entries(np.zeros(10), (2, 5), [-1], sigma=1, rng=rng()), "clip them"),
         (lambda: generate(1, (2, 5), GaussianCounts(1, 0), ratio=0, rng=rng()), "positive"),
         (lambda: generate(1, (2, 5), GaussianCounts(1, 0), sigma=-1, rng=rng()), "positive"),
         (lambda: spectra_of(np.ones((1, 3, 5)), 4), "from 1 to 3"),
@@ -202,7 +205,7 @@ def test_two_copies_are_apart_by_the_entries_new_in_either():
     for seed in range(20):
         base = template(ENTRIES, sigma=1, rng=rng(seed))
         number = counts.draw(40, ENTRIES, rng(seed))
-        spectra = spectra_of(replace(base, SHAPE, number, sigma=1, rng=rng([seed, 1])))
+        spectra = spectra_of(redraw_entries(base, SHAPE, number, sigma=1, rng=rng([seed, 1])))
         between.append(cosine_distances(spectra).mean())
         own.append(cosine_distances(spectra_of(base.reshape(1, *SHAPE)), spectra).mean())
     assert_allclose(np.mean(between) / np.mean(own), 2.0, rtol=0.1)
@@ -339,11 +342,11 @@ def test_class_and_exponent_come_before_scale(planted):
         near: found("uuup", planted.alpha, planted.median),
         right: found("pppp", planted.alpha, planted.median / 50),
     }
-    assert generator._best(planted, given, 1, 0.1) == [right]
+    assert calibration._best(planted, given, 1, 0.1) == [right]
     given[near] = found("pppp", planted.alpha, planted.median)
-    assert generator._best(planted, given, 1, 0.1) == [near]
+    assert calibration._best(planted, given, 1, 0.1) == [near]
     given[near] = found("pppp", planted.high + 1, planted.median)
-    assert generator._best(planted, given, 1, 0.1) == [right]
+    assert calibration._best(planted, given, 1, 0.1) == [right]
 
 
 def test_a_normal_target_is_reached_by_two_templates():
@@ -370,7 +373,7 @@ def test_a_normal_target_is_reached_by_two_templates():
 )
 def test_one_parameter_is_moved_to_the_target_s_scale(planted, start, median):
     goal = changed(planted, median=median)
-    found = generator._tuned(start, goal, True, [0])
+    found = calibration._tuned(start, goal, True, [0])
     medians = [
         np.median(generated(found, (30, 30), rank=16, rng=rng(s))) / median for s in range(20)
     ]
@@ -379,7 +382,7 @@ def test_one_parameter_is_moved_to_the_target_s_scale(planted, start, median):
 
 def test_candidates_combine_everything_once():
     grid = candidates(POWER_LAW, shapes=((16, 64), (16, 128)), ratios=(1.0, 3.0))
-    assert len(set(grid)) == len(grid) == 4 * len(generator.PARETO_GRID)
+    assert len(set(grid)) == len(grid) == 4 * len(calibration.PARETO_GRID)
     assert {c.templates for c in grid} == {1}
 
 
@@ -406,7 +409,7 @@ def test_a_target_within_a_type_of_few_layers_is_that_of_the_resamples_that_can_
     found = target(values, own, replicates=300)
     table = cosine_distances(values["q"], values["q"])
     drawn = list(vector_draws(table, symmetric=True, replicates=300, rng=rng(0)))
-    fitted = [fit_power_law(d).alpha for d in drawn if len(set(d)) > 3]
+    fitted = [power_law(d).alpha for d in drawn if len(set(d)) > 3]
     assert 0 < len(fitted) < 300
     assert_allclose((found.low, found.high), np.quantile(fitted, (0.025, 0.975)), rtol=1e-12)
 

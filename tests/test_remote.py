@@ -18,8 +18,11 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from test_models import COMMIT, Hub, sha256
 
-from wdlib import WdlibError, models, remote, spectra, weights
-from wdlib.remote import Patience, RemoteFile
+from wdlib import WdlibError
+from wdlib.checkpoints import catalogue, files, hub, stream
+from wdlib.checkpoints.hub import Patience, RemoteFile
+from wdlib.checkpoints.plan import inventory, projection_parts
+from wdlib.spectra import jobs
 
 QUICK = Patience(
     attempts=4, progress=64, wait=0.001, longest=0.1, timeout=10.0, window=0.2, slowest=1000.0
@@ -179,11 +182,11 @@ def use(monkeypatch, endpoint: str) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(remote, "PATIENCE", QUICK)
+    monkeypatch.setattr(hub, "PATIENCE", QUICK)
 
 
 def read_all(model: str | Path, **options) -> dict[tuple, np.ndarray]:
-    return {(p.layer, p.type): p.matrix for p in weights.projections(model, **options)}
+    return {(p.layer, p.type): p.matrix for p in stream.projections(model, **options)}
 
 
 def assert_equal(one: dict, other: dict) -> None:
@@ -196,9 +199,9 @@ def assert_equal(one: dict, other: dict) -> None:
 
 
 def test_the_matrices_and_their_provenance_are_those_of_a_copy(hub, folder):
-    assert weights.inventory("hf://lab/tiny") == weights.inventory(folder)
+    assert inventory("hf://lab/tiny") == inventory(folder)
     assert_equal(read_all("hf://lab/tiny"), read_all(folder))
-    there, here = spectra.compute("hf://lab/tiny", 4), spectra.compute(folder, 4)
+    there, here = jobs.compute("hf://lab/tiny", 4), jobs.compute(folder, 4)
     assert there.model == "tiny"
     assert there.provenance["source"] == "hub lab/tiny"
     assert there.provenance["revision"] == COMMIT
@@ -210,11 +213,11 @@ def test_the_matrices_and_their_provenance_are_those_of_a_copy(hub, folder):
 
 @pytest.mark.parametrize("kind", ["q", "k", "down"])
 def test_little_more_than_the_matrices_asked_for_is_sent(hub, kind):
-    parts = weights.plan("hf://lab/tiny", types=[kind])
+    parts = projection_parts("hf://lab/tiny", types=[kind])
     wanted = sum(part.stored for part in parts)
     assert wanted == sum(2 * math.prod(part.entry.shape) for part in parts)
     hub.sent.clear()
-    spectra.compute("hf://lab/tiny", 4, types=(kind,))
+    jobs.compute("hf://lab/tiny", 4, types=(kind,))
     assert wanted < sum(hub.sent) < 1.05 * wanted
     assert "consolidated.safetensors" not in {name for name, *_ in hub.asked}
 
@@ -223,19 +226,19 @@ def test_one_file_without_index_and_a_name_of_the_catalogue(hub, monkeypatch, fo
     whole = {"config.json": hub.files["config.json"]}
     whole["model.safetensors"] = hub.files["model-00001-of-00003.safetensors"]
     hub.files = whole | {"other.safetensors": b"unwanted"}
-    model = models.Model("small", "lab/tiny", "Lab", "MIT", False, (models.Source("hub"),))
-    monkeypatch.setattr(models, "catalogue", lambda: {"small": model})
-    checkpoint = models.resolve("hf://small")
+    model = catalogue.Model("small", "lab/tiny", "Lab", "MIT", False, (catalogue.Source("hub"),))
+    monkeypatch.setattr(catalogue, "models", lambda: {"small": model})
+    checkpoint = files.resolve("hf://small")
     assert [str(file) for file in checkpoint.files] == ["hf://lab/tiny/model.safetensors"]
     assert (checkpoint.name, checkpoint.source) == ("small", "hub lab/tiny")
-    assert models.content_hash(checkpoint) == sha256(whole["model.safetensors"])
+    assert files.content_hash(checkpoint) == sha256(whole["model.safetensors"])
     plain = dataclasses.replace(checkpoint.files[0], sha256="")
     unknown = dataclasses.replace(checkpoint, files=(plain,))
-    assert models.content_hash(unknown) == models.content_hash(checkpoint)
+    assert files.content_hash(unknown) == files.content_hash(checkpoint)
 
 
 def test_reading_is_one_matrix_ahead_and_no_more(hub):
-    stream = weights.projections("hf://lab/tiny", types=["q"])
+    stream = stream.projections("hf://lab/tiny", types=["q"])
     hub.asked.clear()
     for number in range(1, LAYERS + 1):
         next(stream)
@@ -248,9 +251,9 @@ def test_reading_is_one_matrix_ahead_and_no_more(hub):
 
 
 def test_memory_is_that_of_a_few_matrices(hub):
-    spectra.compute("hf://lab/tiny", 4, types=("q",))
+    jobs.compute("hf://lab/tiny", 4, types=("q",))
     tracemalloc.start()
-    for projection in weights.projections("hf://lab/tiny", types=["up", "down"]):
+    for projection in stream.projections("hf://lab/tiny", types=["up", "down"]):
         del projection
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -260,16 +263,16 @@ def test_memory_is_that_of_a_few_matrices(hub):
 def test_a_token_is_sent_and_needed(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     hub.token = "Bearer hf_secret"
-    assert weights.inventory("hf://lab/private")
-    assert "hf_secret" not in repr(models.resolve("hf://lab/private"))
+    assert inventory("hf://lab/private")
+    assert "hf_secret" not in repr(files.resolve("hf://lab/private"))
     hub.token = "Bearer other"
     wanted = r"no model lab/private, or shows it only.*hf auth login.*HF_TOKEN"
     with pytest.raises(WdlibError, match=wanted):
-        weights.inventory("hf://lab/private")
+        inventory("hf://lab/private")
     stale = {"X-Error-Message": "Invalid credentials in Authorization header"}
     hub.do_GET = lambda self: self.answer(401, b"{}", stale)
     with pytest.raises(WdlibError, match=r"lab/private cannot be read .*\(.*401.*the token and"):
-        weights.inventory("hf://lab/private")
+        inventory("hf://lab/private")
 
 
 # Faults ------------------------------------------------------------------------------------------
@@ -286,7 +289,7 @@ def test_faults_lose_nothing(hub, folder, fault, caplog):
 
 
 def test_a_silent_server_is_asked_again(hub, folder, monkeypatch, caplog):
-    monkeypatch.setattr(remote, "PATIENCE", HASTY)
+    monkeypatch.setattr(hub, "PATIENCE", HASTY)
     hub.faults = ["silent"]
     assert_equal(read_all("hf://lab/tiny", types=["q"]), read_all(folder, types=["q"]))
     assert hub.faults == []
@@ -303,7 +306,7 @@ def test_a_drip_is_given_up_and_asked_again(hub, folder, caplog):
 
 def test_a_broken_connection_goes_on_at_the_byte_where_it_stopped(hub):
     hub.faults = ["cut"]
-    tensor = weights.plan("hf://lab/tiny", types=["o"], layers=[1])[0].tensor
+    tensor = projection_parts("hf://lab/tiny", types=["o"], layers=[1])[0].tensor
     hub.asked.clear()
     read_all("hf://lab/tiny", types=["o"], layers=[1])
     last = tensor.offset + tensor.size - 1
@@ -313,11 +316,11 @@ def test_a_broken_connection_goes_on_at_the_byte_where_it_stopped(hub):
 
 @pytest.mark.parametrize("fault", ["500", "429", "shifted"])
 def test_patience_ends_with_one_sentence(hub, fault):
-    plan = weights.plan("hf://lab/tiny", types=["q"])
+    plan = projection_parts("hf://lab/tiny", types=["q"])
     hub.faults = [fault] * 20
     hub.asked.clear()
     with pytest.raises(WdlibError, match=r"^hf://lab/tiny/model.*4 times in a row \(.*\): check"):
-        weights.read(plan[0])
+        stream.read(plan[0])
     assert len(hub.asked) == QUICK.attempts
 
 
@@ -334,7 +337,7 @@ def test_waiting(hub, monkeypatch):
     waited = []
     monkeypatch.setattr(remote.time, "sleep", waited.append)
     patience = Patience(attempts=9, wait=1.0, longest=20.0)
-    attempts = remote._Attempts("lab/tiny", "a file", patience)
+    attempts = hub._Attempts("lab/tiny", "a file", patience)
     for _ in range(7):
         attempts.failed(ConnectionError("gone"))
     assert waited == [1, 2, 4, 8, 16, 20, 20]
@@ -359,10 +362,10 @@ def test_waiting(hub, monkeypatch):
 
 
 def test_a_server_without_ranges_is_not_read_to_its_end(hub):
-    plan = weights.plan("hf://lab/tiny", types=["q"])
+    plan = projection_parts("hf://lab/tiny", types=["q"])
     hub.faults = ["whole"]
     with pytest.raises(WdlibError, match=r"only as a whole: download .* lab/tiny without hf://"):
-        weights.read(plan[0])
+        stream.read(plan[0])
 
 
 def test_a_file_that_is_gone_is_asked_for_once(hub):
@@ -397,7 +400,7 @@ def test_models_that_cannot_be_had(hub, monkeypatch, model, message):
         monkeypatch.setattr(RangeHub, "info", lambda self: {}[0], raising=True)
         hub.do_GET = lambda self: self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
     with pytest.raises(WdlibError, match=message) as caught:
-        weights.inventory(f"hf://{model}")
+        inventory(f"hf://{model}")
     assert "\n" not in str(caught.value)
 
 
@@ -407,25 +410,25 @@ def test_models_that_cannot_be_had(hub, monkeypatch, model, message):
 def test_repositories_without_weights_that_can_be_read(hub, names):
     hub.files = {"config.json": b"{}", **dict.fromkeys(names, b"")}
     with pytest.raises(WdlibError, match=r"hub's lab/tiny has no model\.safetensors, and no"):
-        models.resolve("hf://lab/tiny")
+        files.resolve("hf://lab/tiny")
 
 
 def test_an_index_that_is_broken_or_names_what_is_not_there(hub):
     del hub.files["model-00002-of-00003.safetensors"]
     with pytest.raises(WdlibError, match=r"whose files are all there"):
-        models.resolve("hf://lab/tiny")
+        files.resolve("hf://lab/tiny")
     hub.files["model.safetensors.index.json"] = b"[]"
     with pytest.raises(WdlibError, match=r"hf://lab/tiny/model\S+index\.json is corrupt"):
-        models.resolve("hf://lab/tiny")
+        files.resolve("hf://lab/tiny")
 
 
 def test_a_hub_out_of_reach_and_offline(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     close_session()
     with pytest.raises(WdlibError, match=r"lab/tiny cannot be read from the hub \(.*offline"):
-        models.resolve("hf://lab/tiny")
+        files.resolve("hf://lab/tiny")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     close_session()
     use(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(WdlibError, match=r"lab/tiny could not be read .*refused.*check the net"):
-        models.resolve("hf://lab/tiny")
+        files.resolve("hf://lab/tiny")

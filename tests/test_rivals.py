@@ -11,8 +11,17 @@ from scipy import stats
 from scipy.integrate import quad
 from scipy.special import gammaincc, gammaln
 
-from wdlib import WdlibError, rivals
-from wdlib.rivals import RIVALS, RivalFit, ccdf, compare, compare_vectors, fit_rival, logpdf, pdf
+from wdlib import WdlibError
+from wdlib.fits import alternatives
+from wdlib.fits.alternatives import (
+    ALTERNATIVES,
+    AlternativeFit,
+    ccdf,
+    compare,
+    compare_vectors,
+    logpdf,
+    pdf,
+)
 
 N = 4000
 
@@ -60,13 +69,13 @@ PLANTED = {
 
 
 def planted(name: str, seed: int, n: int = N) -> np.ndarray:
-    return PLANTED[name][1](np.random.default_rng([seed, RIVALS.index(name)]), n)
+    return PLANTED[name][1](np.random.default_rng([seed, ALTERNATIVES.index(name)]), n)
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", ALTERNATIVES)
 def test_planted_parameters_come_back(name):
     truth, _, xmin = PLANTED[name]
-    fitted = [fit_rival(planted(name, seed), name, xmin=xmin) for seed in range(40)]
+    fitted = [alternatives.fit(planted(name, seed), name, xmin=xmin) for seed in range(40)]
     assert all(fit.converged and fit.limit is None and fit.n == N for fit in fitted)
     for parameter, value in truth.items():
         estimates = np.array([fit.parameters[parameter] for fit in fitted])
@@ -75,10 +84,10 @@ def test_planted_parameters_come_back(name):
         assert spread < 0.1 * abs(value)
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", ALTERNATIVES)
 def test_no_rival_beats_the_truth(name):
     xmin = PLANTED[name][2]
-    for other in RIVALS:
+    for other in ALTERNATIVES:
         if other == name:
             continue
         results = [compare(planted(name, s), name, other, xmin=xmin) for s in range(5)]
@@ -117,28 +126,28 @@ def test_the_ratio_prefers_the_truth(truth, other):
 
 
 FITS = [
-    RivalFit("power_law", {"alpha": 1.05}, 0, 4, 0.3, True),
-    RivalFit("power_law", {"alpha": 6.0}, 0, 4, 0.3, True),
-    RivalFit("lognormal", {"mu": -1.0, "sigma": 2.0}, 0, 4, 0.3, True),
-    RivalFit("lognormal", {"mu": -60.0, "sigma": 6.0}, 0, 4, 0.3, True),
-    RivalFit("lognormal", {"mu": 2.0, "sigma": 0.1}, 0, 4, 0.3, True),
-    RivalFit("lognormal", {"mu": -1.0, "sigma": 2.0}, 0, 4, 0.0, True),
-    RivalFit("exponential", {"rate": 40.0}, 0, 4, 0.3, True),
-    RivalFit("exponential", {"rate": 40.0}, 0, 4, 0.0, True),
-    RivalFit("stretched_exponential", {"shape": 0.1, "scale": 1e-9}, 0, 4, 0.3, True),
-    RivalFit("stretched_exponential", {"shape": 5.0, "scale": 0.5}, 0, 4, 0.3, True),
-    RivalFit("stretched_exponential", {"shape": 0.7, "scale": 0.5}, 0, 4, 0.0, True),
-    RivalFit("truncated_power_law", {"alpha": 0.0, "rate": 3.0}, 0, 4, 0.3, True),
-    RivalFit("truncated_power_law", {"alpha": 1.0, "rate": 1e-6}, 0, 4, 0.3, True),
-    RivalFit("truncated_power_law", {"alpha": 2.5, "rate": 1e-9}, 0, 4, 0.3, True),
-    RivalFit("truncated_power_law", {"alpha": 2.5, "rate": 400.0}, 0, 4, 0.3, True),
-    RivalFit("gamma", {"shape": 0.0, "rate": 3.0}, 0, 4, 0.3, True),
-    RivalFit("gamma", {"shape": 0.4, "rate": 1e-3}, 0, 4, 0.3, True),
-    RivalFit("gamma", {"shape": 300.0, "rate": 200.0}, 0, 4, 0.3, True),
-    RivalFit("gamma", {"shape": 0.4, "rate": 3.0}, 0, 4, 0.0, True),
-    RivalFit("normal", {"mu": -40.0, "sigma": 2.0}, 0, 4, 0.3, True),
-    RivalFit("normal", {"mu": 0.9, "sigma": 0.1}, 0, 4, 0.3, True),
-    RivalFit("normal", {"mu": 0.1, "sigma": 0.1}, 0, 4, 0.0, True),
+    AlternativeFit("power_law", {"alpha": 1.05}, 0, 4, 0.3, True),
+    AlternativeFit("power_law", {"alpha": 6.0}, 0, 4, 0.3, True),
+    AlternativeFit("lognormal", {"mu": -1.0, "sigma": 2.0}, 0, 4, 0.3, True),
+    AlternativeFit("lognormal", {"mu": -60.0, "sigma": 6.0}, 0, 4, 0.3, True),
+    AlternativeFit("lognormal", {"mu": 2.0, "sigma": 0.1}, 0, 4, 0.3, True),
+    AlternativeFit("lognormal", {"mu": -1.0, "sigma": 2.0}, 0, 4, 0.0, True),
+    AlternativeFit("exponential", {"rate": 40.0}, 0, 4, 0.3, True),
+    AlternativeFit("exponential", {"rate": 40.0}, 0, 4, 0.0, True),
+    AlternativeFit("stretched_exponential", {"shape": 0.1, "scale": 1e-9}, 0, 4, 0.3, True),
+    AlternativeFit("stretched_exponential", {"shape": 5.0, "scale": 0.5}, 0, 4, 0.3, True),
+    AlternativeFit("stretched_exponential", {"shape": 0.7, "scale": 0.5}, 0, 4, 0.0, True),
+    AlternativeFit("truncated_power_law", {"alpha": 0.0, "rate": 3.0}, 0, 4, 0.3, True),
+    AlternativeFit("truncated_power_law", {"alpha": 1.0, "rate": 1e-6}, 0, 4, 0.3, True),
+    AlternativeFit("truncated_power_law", {"alpha": 2.5, "rate": 1e-9}, 0, 4, 0.3, True),
+    AlternativeFit("truncated_power_law", {"alpha": 2.5, "rate": 400.0}, 0, 4, 0.3, True),
+    AlternativeFit("gamma", {"shape": 0.0, "rate": 3.0}, 0, 4, 0.3, True),
+    AlternativeFit("gamma", {"shape": 0.4, "rate": 1e-3}, 0, 4, 0.3, True),
+    AlternativeFit("gamma", {"shape": 300.0, "rate": 200.0}, 0, 4, 0.3, True),
+    AlternativeFit("gamma", {"shape": 0.4, "rate": 3.0}, 0, 4, 0.0, True),
+    AlternativeFit("normal", {"mu": -40.0, "sigma": 2.0}, 0, 4, 0.3, True),
+    AlternativeFit("normal", {"mu": 0.9, "sigma": 0.1}, 0, 4, 0.3, True),
+    AlternativeFit("normal", {"mu": 0.1, "sigma": 0.1}, 0, 4, 0.0, True),
 ]
 
 
@@ -163,18 +172,23 @@ def test_densities_integrate_to_one(fit):
 @pytest.mark.parametrize("a", [0.3, 1.0, 4.0, 60.0])
 @pytest.mark.parametrize("s", [1e-6, 0.1, 1.0, 30.0])
 def test_incomplete_gamma_equals_scipy_where_scipy_can(a, s):
-    logarithm, _, _ = rivals._log_integral(a, s)
+    logarithm, _, _ = alternatives._log_integral(a, s)
     assert_allclose(logarithm, np.log(gammaincc(a, s)) + gammaln(a) + s - a * np.log(s), atol=1e-11)
 
 
 @pytest.mark.parametrize(("a", "s"), [(-1.5, 1e-5), (-0.2, 3.0), (2.0, 0.01), (50.0, 30.0)])
 def test_moments_of_the_incomplete_gamma_are_its_derivatives(a, s):
-    _, mean, covariance = rivals._log_integral(a, s)
+    _, mean, covariance = alternatives._log_integral(a, s)
     h = 1e-5
-    by_a = (rivals._log_integral(a + h, s)[0] - rivals._log_integral(a - h, s)[0]) / (2 * h)
-    by_s = rivals._log_integral(a, s * (1 + h))[0] - rivals._log_integral(a, s * (1 - h))[0]
+    by_a = (alternatives._log_integral(a + h, s)[0] - alternatives._log_integral(a - h, s)[0]) / (
+        2 * h
+    )
+    by_s = (
+        alternatives._log_integral(a, s * (1 + h))[0]
+        - alternatives._log_integral(a, s * (1 - h))[0]
+    )
     assert_allclose([by_a, -by_s / (2 * h)], mean, rtol=1e-6)
-    steps = rivals._log_integral(a + h, s)[1] - rivals._log_integral(a - h, s)[1]
+    steps = alternatives._log_integral(a + h, s)[1] - alternatives._log_integral(a - h, s)[1]
     assert_allclose(steps / (2 * h), covariance[0], rtol=1e-6)
 
 
@@ -184,10 +198,10 @@ def test_closed_forms(seed):
     xmin = float(np.median(x))
     tail = x[x >= xmin]
     assert_allclose(
-        fit_rival(x, "exponential", xmin=xmin).parameters["rate"], 1 / (tail - xmin).mean()
+        alternatives.fit(x, "exponential", xmin=xmin).parameters["rate"], 1 / (tail - xmin).mean()
     )
     assert_allclose(
-        fit_rival(x, "power_law", xmin=xmin).parameters["alpha"],
+        alternatives.fit(x, "power_law", xmin=xmin).parameters["alpha"],
         1 + 1 / np.log(tail / xmin).mean(),
     )
     for name, law in {
@@ -196,7 +210,7 @@ def test_closed_forms(seed):
         "gamma": stats.gamma,
         "stretched_exponential": stats.weibull_min,
     }.items():
-        ours = fit_rival(x, name, xmin=0)
+        ours = alternatives.fit(x, name, xmin=0)
         theirs = law.logpdf(x, *law.fit(x, floc=0)).sum()
         assert_allclose(ours.loglikelihood, theirs, rtol=1e-6)
         assert ours.loglikelihood > theirs - 1e-7
@@ -204,7 +218,7 @@ def test_closed_forms(seed):
 
 def test_truncated_normal_equals_scipy():
     x = planted("normal", 3)
-    fit = fit_rival(x, "normal", xmin=0.25)
+    fit = alternatives.fit(x, "normal", xmin=0.25)
     mu, sigma = fit.parameters["mu"], fit.parameters["sigma"]
     law = stats.truncnorm((0.25 - mu) / sigma, np.inf, mu, sigma)
     assert_allclose(logpdf(fit, x), law.logpdf(x), rtol=1e-9, atol=1e-9)
@@ -222,12 +236,12 @@ THEIRS = {
 
 
 @pytest.mark.parametrize("name", THEIRS)
-@pytest.mark.parametrize("family", RIVALS)
+@pytest.mark.parametrize("family", ALTERNATIVES)
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_no_worse_than_powerlaw(name, family, share):
     x = planted(family, 5, 600)
     xmin = float(np.quantile(x, share, method="lower"))
-    ours = fit_rival(x, name, xmin=xmin)
+    ours = alternatives.fit(x, name, xmin=xmin)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import powerlaw
@@ -235,7 +249,7 @@ def test_no_worse_than_powerlaw(name, family, share):
         reference = getattr(powerlaw.Fit(x, xmin=xmin, verbose=0), name)
         likelihood = float(np.sum(reference.loglikelihoods(x[x >= xmin])))
     found = {key: float(value) for key, value in THEIRS[name](reference).items()}
-    theirs = RivalFit(name, found, likelihood, ours.n, xmin, True)
+    theirs = AlternativeFit(name, found, likelihood, ours.n, xmin, True)
     # their parameters in our density, because theirs need not integrate to one
     at_theirs = float(logpdf(theirs, x[x >= xmin]).sum())
     if ours.limit != name and not (name == "truncated_power_law" and found["alpha"] < 0):
@@ -255,18 +269,18 @@ def test_powerlaw_makes_a_lognormal_of_a_power_law():
         law = powerlaw.Fit(x, xmin=x.min(), verbose=0).lognormal
         claimed = float(np.sum(law.loglikelihoods(x)))
     parameters = {"mu": float(law.mu), "sigma": float(law.sigma)}
-    true = logpdf(RivalFit("lognormal", parameters, claimed, x.size, x.min(), True), x).sum()
-    ours = fit_rival(x, "lognormal")
+    true = logpdf(AlternativeFit("lognormal", parameters, claimed, x.size, x.min(), True), x).sum()
+    ours = alternatives.fit(x, "lognormal")
     assert ours.loglikelihood >= true - 1e-6
     assert abs(claimed - true) < 1e-3 or claimed > true
 
 
-@pytest.mark.parametrize("name", rivals.LIMITS)
+@pytest.mark.parametrize("name", alternatives.LIMITS)
 def test_a_family_runs_into_its_limit(name):
-    limit = rivals.LIMITS[name]
+    limit = alternatives.LIMITS[name]
     w = np.random.default_rng(3).weibull(0.7, 500)  # a heavier tail than the exponential
     x = np.exp(w / 5) if limit == "power_law" else 1 + w
-    fit, edge = fit_rival(x, name, xmin=1.0), fit_rival(x, limit, xmin=1.0)
+    fit, edge = alternatives.fit(x, name, xmin=1.0), alternatives.fit(x, limit, xmin=1.0)
     assert fit.limit == limit
     assert (fit.name, fit.loglikelihood, fit.parameters) == (
         name,
@@ -283,7 +297,7 @@ def test_a_family_runs_into_its_limit(name):
         "truncated_power_law": {"alpha": edge.parameters.get("alpha", 0), "rate": 1e-3},
         "normal": {"mu": -100 * edge.parameters.get("rate", 0), "sigma": 10.0},
     }[name]
-    assert logpdf(RivalFit(name, near, 0, 500, 1.0, True), x).sum() < fit.loglikelihood
+    assert logpdf(AlternativeFit(name, near, 0, 500, 1.0, True), x).sum() < fit.loglikelihood
 
 
 @pytest.mark.parametrize("name", ["lognormal", "stretched_exponential", "truncated_power_law"])
@@ -305,15 +319,15 @@ def test_size_where_the_smaller_family_is_inside(name):
 
 def test_parameters_stay_in_their_range_and_at_its_edge_are_the_best():
     light, heavy = planted("gamma", 4), planted("power_law", 4)
-    fit = fit_rival(light, "truncated_power_law", xmin=0.04)
+    fit = alternatives.fit(light, "truncated_power_law", xmin=0.04)
     assert fit.parameters["alpha"] == 0
-    exponential = fit_rival(light, "exponential", xmin=0.04)
+    exponential = alternatives.fit(light, "exponential", xmin=0.04)
     assert_allclose(fit.loglikelihood, exponential.loglikelihood)
-    fit = fit_rival(heavy, "gamma", xmin=0.02)
+    fit = alternatives.fit(heavy, "gamma", xmin=0.02)
     assert fit.parameters["shape"] == 0
     for factor in (0.99, 1.01):
         other = {"shape": 0.0, "rate": factor * fit.parameters["rate"]}
-        moved = RivalFit("gamma", other, 0, N, 0.02, True)
+        moved = AlternativeFit("gamma", other, 0, N, 0.02, True)
         assert logpdf(moved, heavy).sum() < fit.loglikelihood
 
 
@@ -328,7 +342,7 @@ def test_p_of_nested_families_by_hand():
 
 def test_vuong_by_hand_and_by_powerlaw():
     x = planted("lognormal", 2)
-    a, b = (fit_rival(x, name, xmin=0.1) for name in ("lognormal", "gamma"))
+    a, b = (alternatives.fit(x, name, xmin=0.1) for name in ("lognormal", "gamma"))
     difference = logpdf(a, x) - logpdf(b, x)
     statistic = difference.sum() / (difference.std() * np.sqrt(N))
     result = compare(x, "lognormal", "gamma", xmin=0.1)
@@ -367,40 +381,40 @@ def test_vectors_agree_on_a_clear_case_and_keep_the_pairs():
     assert within.high - within.low > 1.2 * 2 * 1.96 * error
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", ALTERNATIVES)
 def test_the_unit_of_the_data_changes_nothing(name):
     x = planted("gamma", 7, 500)
-    before, after = fit_rival(x, name), fit_rival(1e6 * x, name)
+    before, after = alternatives.fit(x, name), alternatives.fit(1e6 * x, name)
     assert_allclose(after.loglikelihood, before.loglikelihood - 500 * np.log(1e6), rtol=1e-9)
     assert before.xmin == x.min()
 
 
 def test_all_rivals_are_fast():
     x = planted("lognormal", 8)
-    fit_rival(x, "gamma")
+    alternatives.fit(x, "gamma")
     start = time.process_time()
-    for name in RIVALS:
-        fit_rival(x, name, xmin=0.1)
+    for name in ALTERNATIVES:
+        alternatives.fit(x, name, xmin=0.1)
     assert time.process_time() - start < 0.3
 
 
 def test_zeros_and_values_below_are_left_out(capfd):
     x = np.array([0.0, 0.1, 1.0, 2.0, 4.0, 5.0])
-    fit = fit_rival(x, "exponential", xmin=1.0)
+    fit = alternatives.fit(x, "exponential", xmin=1.0)
     assert fit.n == 4
     assert_allclose(fit.parameters["rate"], 0.5)
-    assert fit_rival(x, "exponential", xmin=0).n == 5
-    assert fit_rival(x, "exponential").xmin == 0.1
+    assert alternatives.fit(x, "exponential", xmin=0).n == 5
+    assert alternatives.fit(x, "exponential").xmin == 0.1
     assert capfd.readouterr() == ("", "")
 
 
 def test_what_cannot_be_fitted_is_named():
     x = np.arange(1.0, 9)
     with pytest.raises(WdlibError, match="no family 'pareto': there are power_law"):
-        fit_rival(x, "pareto")
+        alternatives.fit(x, "pareto")
     with pytest.raises(WdlibError, match="power_law cannot be normalised on"):
-        fit_rival(x, "truncated_power_law", xmin=0)
+        alternatives.fit(x, "truncated_power_law", xmin=0)
     with pytest.raises(WdlibError, match="3 distinct positive values of at least xmin = 6"):
         compare(x, "gamma", "normal", xmin=6)
     with pytest.raises(WdlibError, match="value 1 of 2 is -1.0"):
-        fit_rival(np.array([1.0, -1.0]), "gamma")
+        alternatives.fit(np.array([1.0, -1.0]), "gamma")

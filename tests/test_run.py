@@ -9,7 +9,7 @@ import sys
 import nbformat
 import pytest
 
-from wdlib import WdlibError, cli, paths, run
+from wdlib import WdlibError, cli, notebooks, paths
 
 PARAMETERS = """\
 model: str = "a"  # a name
@@ -44,11 +44,11 @@ def namespace(source=PARAMETERS, **injected):
 
 
 def test_defaults_pass_whatever_else_is_defined():
-    run.check_parameters(namespace())
+    notebooks.check_parameters(namespace())
 
 
 def test_values_of_the_declared_types_pass():
-    run.check_parameters(namespace(model="b", rank=8, scale=1, quick=True, layers=[0, 2]))
+    notebooks.check_parameters(namespace(model="b", rank=8, scale=1, quick=True, layers=[0, 2]))
 
 
 @pytest.mark.parametrize(
@@ -67,14 +67,14 @@ def test_values_of_the_declared_types_pass():
 )
 def test_an_unknown_name_or_a_wrong_type_is_named(injected, message):
     with pytest.raises(WdlibError, match=message):
-        run.check_parameters(namespace(**injected))
+        notebooks.check_parameters(namespace(**injected))
 
 
 def test_the_last_injected_cell_counts():
     names = namespace(rank=8)
     names["In"].insert(2, "# Parameters\nmodle = 'b'\n")
     names["modle"] = "b"
-    run.check_parameters(names)
+    notebooks.check_parameters(names)
 
 
 def test_plain_papermill_is_strict_too(tmp_path, write_notebook):
@@ -100,8 +100,8 @@ def test_a_second_run_of_the_cell_in_the_same_session_passes(tmp_path, write_not
         "import numpy as np\nextra = 5\ntexts: list[str] = ['a']\nrows: np.ndarray = np.zeros(2)",
         again,
     )
-    run.run_notebook(notebook, {"rank": 8}, output=tmp_path / "out.ipynb")
-    run.run_notebook(notebook, output=tmp_path / "out.ipynb")
+    notebooks.run_notebook(notebook, {"rank": 8}, output=tmp_path / "out.ipynb")
+    notebooks.run_notebook(notebook, output=tmp_path / "out.ipynb")
 
 
 # --- run_notebook ----------------------------------------------------------------------------
@@ -116,7 +116,9 @@ def test_the_copy_holds_the_outputs_and_nothing_of_this_run(house, write_noteboo
     )
     seen = []
     output = house / "new" / "out.ipynb"
-    run.run_notebook(notebook, {"rank": 8}, output=output, on_cell=lambda i, n: seen.append((i, n)))
+    notebooks.run_notebook(
+        notebook, {"rank": 8}, output=output, on_cell=lambda i, n: seen.append((i, n))
+    )
     cells = nbformat.read(output, as_version=4).cells
     assert [cell.get("execution_count") for cell in cells] == [None, 1, 2, 3, 4, 5]
     assert cells[4].outputs[0].text == f"{house.name} True 8\n"
@@ -126,7 +128,7 @@ def test_the_copy_holds_the_outputs_and_nothing_of_this_run(house, write_noteboo
     assert seen[-1] == (6, 6)
     assert list(paths.CACHE.rglob("*.failed.ipynb")) == []
     first = output.read_text()
-    run.run_notebook(notebook, {"rank": 8}, output=output)
+    notebooks.run_notebook(notebook, {"rank": 8}, output=output)
     ids = [cell.id for cell in cells]
     same = nbformat.read(output, as_version=4)
     for cell, name in zip(same.cells, ids, strict=True):
@@ -140,7 +142,7 @@ def test_another_python3_kernel_does_not_get_in(house, write_notebook, monkeypat
     spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "x", "language": "python"}
     (wrong / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(house / "jupyter"))
-    run.run_notebook(write_notebook(house / "n.ipynb"), output=house / "out.ipynb")
+    notebooks.run_notebook(write_notebook(house / "n.ipynb"), output=house / "out.ipynb")
     assert (house / "out.ipynb").exists()
 
 
@@ -151,7 +153,7 @@ def test_another_python3_kernel_does_not_get_in(house, write_notebook, monkeypat
 def test_wrong_parameters_are_refused_before_anything_runs(house, write_notebook, given, message):
     notebook = write_notebook(house / "n.ipynb", "open('ran', 'w').close()")
     with pytest.raises(WdlibError, match=message):
-        run.run_notebook(notebook, given, output=house / "out.ipynb")
+        notebooks.run_notebook(notebook, given, output=house / "out.ipynb")
     assert not (house / "ran").exists()
     assert not (house / "out.ipynb").exists()
 
@@ -161,7 +163,7 @@ def test_a_failure_is_one_sentence_and_leaves_the_old_result(house, write_notebo
     output = house / "out.ipynb"
     output.write_text("old")
     with pytest.raises(WdlibError) as caught:
-        run.run_notebook(notebook, {"rank": 3}, output=output)
+        notebooks.run_notebook(notebook, {"rank": 3}, output=output)
     failed = paths.CACHE / "executed" / "out.failed.ipynb"
     assert str(caught.value) == (
         f"n.ipynb stopped in cell [5] with ValueError: too; the copy with its traceback is {failed}"
@@ -174,7 +176,7 @@ def test_a_failure_is_one_sentence_and_leaves_the_old_result(house, write_notebo
 def test_an_error_of_ours_is_passed_on_as_it_is(house, write_notebook):
     cell = "from wdlib import WdlibError\nraise WdlibError('rank 99 is too large: at most 16')"
     with pytest.raises(WdlibError, match=r"^rank 99 is too large: at most 16$"):
-        run.run_notebook(write_notebook(house / "n.ipynb", cell), output=house / "out.ipynb")
+        notebooks.run_notebook(write_notebook(house / "n.ipynb", cell), output=house / "out.ipynb")
     assert not list(house.rglob("*out*"))
     assert not list(house.rglob("*failed*"))
 
@@ -182,7 +184,7 @@ def test_an_error_of_ours_is_passed_on_as_it_is(house, write_notebook):
 def test_a_dead_kernel_is_one_sentence(house, write_notebook):
     notebook = write_notebook(house / "n.ipynb", "import os\nos._exit(1)")
     with pytest.raises(WdlibError, match=r"^the kernel of n.ipynb stopped \(.*\): most often"):
-        run.run_notebook(notebook, output=house / "out.ipynb")
+        notebooks.run_notebook(notebook, output=house / "out.ipynb")
     assert not (house / "out.ipynb").exists()
 
 
@@ -190,25 +192,25 @@ def test_what_is_no_notebook_is_named(house, write_notebook):
     broken = house / "broken.ipynb"
     broken.write_text("{")
     with pytest.raises(WdlibError, match=r"broken.ipynb is not a Jupyter notebook"):
-        run.declared_parameters(broken)
+        notebooks.declared_parameters(broken)
     broken.write_text('{"a": 1}')
     with pytest.raises(WdlibError, match=r"broken.ipynb is not a Jupyter notebook"):
-        run.declared_parameters(broken)
+        notebooks.declared_parameters(broken)
     with pytest.raises(WdlibError, match="there is no notebook"):
-        run.declared_parameters(house / "absent.ipynb")
+        notebooks.declared_parameters(house / "absent.ipynb")
     notebook = nbformat.read(write_notebook(house / "n.ipynb"), as_version=4)
     notebook.cells[1].metadata = {}
     nbformat.write(notebook, house / "n.ipynb")
     with pytest.raises(WdlibError, match=r"n.ipynb has 0 cells tagged `parameters`: tag exactly"):
-        run.declared_parameters(house / "n.ipynb")
+        notebooks.declared_parameters(house / "n.ipynb")
 
 
 def test_text_is_read_by_the_declared_type(house, write_notebook):
     notebook = write_notebook(house / "n.ipynb", parameters=PARAMETERS)
     texts = {"model": "1", "rank": "8", "scale": "1e-3", "quick": "true", "layers": "[1, 2]"}
     values = {"model": "1", "rank": 8, "scale": 1e-3, "quick": True, "layers": [1, 2]}
-    assert run.parameters_from_text(notebook, texts) == values
-    assert run.parameters_from_text(notebook, {"rank": "x", "layers": "none"}) == {
+    assert notebooks.parameters_from_text(notebook, texts) == values
+    assert notebooks.parameters_from_text(notebook, {"rank": "x", "layers": "none"}) == {
         "rank": "x",
         "layers": None,
     }
@@ -232,7 +234,7 @@ def two(house, write_notebook, monkeypatch):
 def ran(**options):
     """The numbered notebooks that a call of `figures` ran, from what it says."""
     stream = io.StringIO()
-    run.figures(progress=run.Progress(stream), **options)
+    notebooks.figures(progress=notebooks.Progress(stream), **options)
     lines = [line for line in stream.getvalue().splitlines() if " elapsed" not in line]
     assert [line[:2] for line in lines] == (
         [options["only"]] if "only" in options else ["00", "01"]
@@ -261,28 +263,28 @@ def test_only_what_is_out_of_date_runs(two):
 
 def test_inputs_shared_by_all_put_all_out_of_date(two):
     notebook = paths.NOTEBOOKS / "00_a.ipynb"
-    states = [run._state(notebook)]
+    states = [notebooks._state(notebook)]
     (paths.SPECTRA / "m.safetensors").write_bytes(b"1")
-    states.append(run._state(notebook))
+    states.append(notebooks._state(notebook))
     paths.CATALOGUE.write_text("[model]")
-    states.append(run._state(notebook))
+    states.append(notebooks._state(notebook))
     assert len({state["sources"] for state in states}) == 3
 
 
 def test_a_notebook_that_fails_stays_out_of_date(two, write_notebook):
     write_notebook(paths.NOTEBOOKS / "01_b.ipynb", "raise ValueError('no')")
     with pytest.raises(WdlibError, match=r"01_b.ipynb stopped in cell"):
-        run.figures()
-    assert run._recorded(paths.NOTEBOOKS / "00_a.ipynb") is not None
-    assert run._recorded(paths.NOTEBOOKS / "01_b.ipynb") is None
+        notebooks.figures()
+    assert notebooks._recorded(paths.NOTEBOOKS / "00_a.ipynb") is not None
+    assert notebooks._recorded(paths.NOTEBOOKS / "01_b.ipynb") is None
 
 
 def test_refresh_stores_outputs_that_stay_the_same(two):
     stored = paths.NOTEBOOKS / "00_a.ipynb"
-    run.refresh(only="00")
+    notebooks.refresh(only="00")
     first = stored.read_bytes()
     assert nbformat.reads(first, as_version=4).cells[-1].outputs[0].text == "16\n"
-    run.refresh(only="00")
+    notebooks.refresh(only="00")
     assert stored.read_bytes() == first
     assert ran() == ["01"]
 
@@ -291,26 +293,26 @@ def test_refresh_leaves_a_notebook_that_fails_as_it_was(two, write_notebook):
     stored = write_notebook(paths.NOTEBOOKS / "01_b.ipynb", "raise ValueError('no')")
     before = stored.read_bytes()
     with pytest.raises(WdlibError):
-        run.refresh(only="01")
+        notebooks.refresh(only="01")
     assert stored.read_bytes() == before
 
 
 def test_progress_names_notebook_cell_and_time(two):
     stream = io.StringIO()
-    run.figures(progress=run.Progress(stream))
+    notebooks.figures(progress=notebooks.Progress(stream))
     assert stream.getvalue().startswith("notebook 1 of 2, 00_a, cell 1 of 4, 0:0")
     stream.isatty = lambda: True
     stream.truncate(0)
-    run.figures(progress=run.Progress(stream), only="01", force=True)
+    notebooks.figures(progress=notebooks.Progress(stream), only="01", force=True)
     assert "\r\x1b[Knotebook 1 of 1, 01_b, cell 4 of 4, 0:" in stream.getvalue()
 
 
 def test_a_number_that_no_notebook_has_is_an_error(two):
     with pytest.raises(WdlibError, match="starts with '07'"):
-        run.figures(only="07")
+        notebooks.figures(only="07")
     with pytest.raises(WdlibError, match="called '0': choose one of 00_a, 01_b"):
-        run.find_notebook("0")
-    assert run.find_notebook("01").stem == "01_b"
+        notebooks.find_notebook("0")
+    assert notebooks.find_notebook("01").stem == "01_b"
 
 
 # --- the command -----------------------------------------------------------------------------
@@ -343,7 +345,7 @@ def test_an_interrupt_is_exit_130(monkeypatch):
     def interrupted(**options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "figures", interrupted)
+    monkeypatch.setattr(notebooks, "figures", interrupted)
     assert cli.main(["figures"]) == 130
 
 

@@ -24,8 +24,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from wdlib import TYPES, WdlibError, cli, models, paths, spectra, weights
-from wdlib.spectra import SingularValues, Spectra, top_singular_values
+from wdlib import TYPES, WdlibError, cli, paths
+from wdlib.checkpoints import catalogue, files, stream
+from wdlib.checkpoints.plan import projection_parts
+from wdlib.spectra import jobs, kernel, store
+from wdlib.spectra.kernel import SingularValues, top_singular_values
+from wdlib.spectra.store import Spectra
 
 EPS = np.finfo(float).eps
 N, M = 333, 501  # above DENSE_DIMENSION, and no multiple of the block size
@@ -154,7 +158,7 @@ def test_every_rank_around_the_thresholds(n: int) -> None:
 
 
 def test_which_method_answers() -> None:
-    n = spectra.DENSE_DIMENSION
+    n = kernel.DENSE_DIMENSION
     assert top_singular_values(gaussian(n, n), 1).method == "gram-float64"
     assert top_singular_values(gaussian(n + 1, n + 1), 1).method == "gram-lanczos"
     falling = planted(n + 4, n + 4, np.arange(1, n + 5) ** -0.3)
@@ -234,7 +238,7 @@ def test_a_power_of_two_scales_values_and_bounds_alike() -> None:
 @pytest.fixture(scope="module")
 def real() -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Matrices of the default model, with all their singular values."""
-    found = weights.projections(models.resolve(models.DEFAULT), layers=(0, 14, 29))
+    found = stream.projections(files.resolve(catalogue.DEFAULT), layers=(0, 14, 29))
     return [
         (f"{p.type}{p.layer}", p.matrix, np.linalg.svd(p.matrix.astype(float), compute_uv=False))
         for p in found
@@ -314,8 +318,8 @@ def missing(G: np.ndarray, which: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["flat", "power 1"])
 def test_a_missed_value_is_noticed(kind: str, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
     W = gaussian(N, M) if kind == "flat" else planted(N, M, SPECTRA[kind]).astype(np.float32)
-    krylov = spectra._block_lanczos
-    monkeypatch.setattr(spectra, "_block_lanczos", lambda G, r: krylov(missing(G, which), r))
+    krylov = kernel._block_lanczos
+    monkeypatch.setattr(kernel, "_block_lanczos", lambda G, r: krylov(missing(G, which), r))
     result = top_singular_values(W, 16)
     assert result.method == "gram-float64"
     check(W, result)
@@ -329,13 +333,13 @@ def test_a_start_that_cannot_see_the_largest_is_noticed(monkeypatch: pytest.Monk
     W = np.zeros((N, M), np.float32)
     W[1:, 1:] = gaussian(N - 1, M - 1) * 0.01
     W[0, 0] = 5
-    krylov = spectra._block_lanczos
+    krylov = kernel._block_lanczos
 
     def structured(G: np.ndarray, r: int) -> tuple[np.ndarray, float]:
         V, after = krylov(np.ascontiguousarray(G[1:, 1:]), r)
         return np.vstack([np.zeros((1, V.shape[1]), V.dtype), V]), after
 
-    monkeypatch.setattr(spectra, "_block_lanczos", structured)
+    monkeypatch.setattr(kernel, "_block_lanczos", structured)
     check(W, top_singular_values(W, 16))
     assert top_singular_values(W, 16, certify=False).values[0] < 1
 
@@ -371,7 +375,7 @@ SABOTAGE = {
 
 @pytest.mark.parametrize("name", SABOTAGE)
 def test_a_wrong_product_cannot_break_the_bound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    syrk, used = spectra._syrk, []
+    syrk, used = kernel._syrk, []
 
     def wrong(W: np.ndarray) -> np.ndarray:
         G = syrk(W)
@@ -380,7 +384,7 @@ def test_a_wrong_product_cannot_break_the_bound(name: str, monkeypatch: pytest.M
         used.append(W.shape)
         return np.asfortranarray(SABOTAGE[name](G))
 
-    monkeypatch.setattr(spectra, "_syrk", wrong)
+    monkeypatch.setattr(kernel, "_syrk", wrong)
     for W in (gaussian(N, M), planted(N, M, SPECTRA["power 1"]).astype(np.float32)):
         for r in (1, 16):
             check(W, top_singular_values(W, r))
@@ -396,7 +400,7 @@ def test_a_wrong_factor_cannot_break_the_bound(
 
     def wrong(a: np.ndarray, **options: int) -> tuple[np.ndarray, int]:
         L, info = spotrf(a, **options)
-        return (L * np.float32(factor) if len(L) > spectra.BLOCK else L), info
+        return (L * np.float32(factor) if len(L) > kernel.BLOCK else L), info
 
     monkeypatch.setattr(spectra.lapack, "spotrf", wrong)
     W = gaussian(N, M)
@@ -417,13 +421,13 @@ def test_the_certificate_covers_what_the_product_hides() -> None:
         tau = (values[-4] + values[-5]) / 2
         u = vectors[:, :-4] @ rng.standard_normal(n - 4)
         hidden = np.outer(u, u) / (u @ u)
-        X = rng.standard_normal((n, spectra.PROBES))
+        X = rng.standard_normal((n, kernel.PROBES))
         truth = A + 3 * hidden
         G = A.astype(np.float32)
-        rest = spectra._proven_rest(G, V, theta, tau, (X, truth @ X))
+        rest = kernel._proven_rest(G, V, theta, tau, (X, truth @ X))
         inside = vectors[:, :-4]
         assert rest >= np.linalg.eigvalsh(inside.T @ truth @ inside)[-1]
-        assert np.isnan(spectra._proven_rest(truth.astype(np.float32), V, theta, tau, (X, A @ X)))
+        assert np.isnan(kernel._proven_rest(truth.astype(np.float32), V, theta, tau, (X, A @ X)))
 
 
 def test_the_bound_on_squared_values_is_that_of_two_by_two(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +437,7 @@ def test_the_bound_on_squared_values_is_that_of_two_by_two(monkeypatch: pytest.M
     V = np.zeros((N, 1))
     V[0], V[1] = np.cos(phi), np.sin(phi)
     after = float(squares[0] * np.sin(phi) ** 2 + squares[1] * np.cos(phi) ** 2)
-    monkeypatch.setattr(spectra, "_block_lanczos", lambda G, r: (V, after))
+    monkeypatch.setattr(kernel, "_block_lanczos", lambda G, r: (V, after))
     result = top_singular_values(np.diag(np.sqrt(squares)), 1, certify=False)
     assert result.method == "gram-lanczos"
     shift = (result.error * result.values).item()
@@ -448,14 +452,14 @@ def test_the_bound_on_squared_values_is_that_of_two_by_two(monkeypatch: pytest.M
 def test_from_squares_to_values() -> None:
     shape = (10, 20)
     for square, shift in ((1.0, 1e-6), (4.0, 1e-6), (1.0, 0.0), (0.0, 0.0)):
-        found = spectra._accept(np.array([square]), shift, shape, "x")
+        found = kernel._accept(np.array([square]), shift, shape, "x")
         assert found.values.item() == np.sqrt(square)
         for exact in (square + shift, max(square - shift, 0)):
             assert abs(np.sqrt(exact) - np.sqrt(square)) <= found.error.item()
-    assert spectra._accept(np.array([1.0]), 2e-5, shape, "x") is None
-    assert spectra._accept(np.array([1.0, 0.0]), np.array([0.0, 1e-12]), shape, "x") is None
-    assert spectra._accept(np.array([1.0, 1e-12]), 1e-15, shape, "x") is None
-    assert spectra._accept(np.array([1.0, 1e-12]), np.array([1e-15, 1e-18]), shape, "x")
+    assert kernel._accept(np.array([1.0]), 2e-5, shape, "x") is None
+    assert kernel._accept(np.array([1.0, 0.0]), np.array([0.0, 1e-12]), shape, "x") is None
+    assert kernel._accept(np.array([1.0, 1e-12]), 1e-15, shape, "x") is None
+    assert kernel._accept(np.array([1.0, 1e-12]), np.array([1e-15, 1e-18]), shape, "x")
 
 
 def test_building_blocks() -> None:
@@ -463,16 +467,16 @@ def test_building_blocks() -> None:
     exact = W.astype(np.float64) @ W.T.astype(np.float64)
     for V in (W, np.asfortranarray(W), np.repeat(W, 2, axis=1)[:, ::2]):
         for dtype, tolerance in ((np.float32, 1e-4), (np.float64, 1e-11)):
-            G = spectra._syrk(V.astype(dtype, order="K"))
+            G = kernel._syrk(V.astype(dtype, order="K"))
             assert G.dtype == dtype
             np.testing.assert_allclose(np.tril(G), np.tril(exact), atol=tolerance)
-            full = spectra._mirror(G, block=16)
+            full = kernel._mirror(G, block=16)
             np.testing.assert_allclose(full, exact, atol=tolerance)
             assert full.flags.c_contiguous
     X = np.random.default_rng(0).standard_normal((700, 3))
     tall = gaussian(700, 900)
     for V in (tall, np.asfortranarray(tall)):
-        down, around = spectra._gram_apply(V, X)
+        down, around = kernel._gram_apply(V, X)
         np.testing.assert_allclose(down, V.T.astype(np.float64) @ X, atol=1e-10)
         np.testing.assert_allclose(around, V.astype(np.float64) @ down, atol=1e-9)
 
@@ -546,7 +550,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_compute_equals_numpy_matrix_by_matrix(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "toy", layers=3)
-    found = spectra.compute(folder, 16)
+    found = jobs.compute(folder, 16)
     tensors = load_file(folder / "model.safetensors")
     assert tuple(found.values) == TYPES
     assert found.model == "toy"
@@ -562,25 +566,25 @@ def test_compute_equals_numpy_matrix_by_matrix(tmp_path: Path) -> None:
 
 def test_provenance(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "toy")
-    about = spectra.compute(folder, 4).provenance
+    about = jobs.compute(folder, 4).provenance
     assert about["source"] == "folder toy"
-    assert about["sha256"] == models.content_hash(models.resolve(folder))
+    assert about["sha256"] == files.content_hash(files.resolve(folder))
     assert about["quantisation"] == "F32"
     assert about["methods"] == "gram-float64 14"
     assert about["certified"] == "yes"
     assert 0 < float(about["largest relative error"]) < 1e-5
     assert "rank=4" in about["made by"]
     assert str(tmp_path) not in str(about)
-    assert spectra.compute(folder, 4, certify=False).provenance["certified"] == "no"
+    assert jobs.compute(folder, 4, certify=False).provenance["certified"] == "no"
 
 
 def test_compute_of_some_types(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "toy")
-    found = spectra.compute(folder, 32, types=("o", "q"))  # k and v would allow 16
+    found = jobs.compute(folder, 32, types=("o", "q"))  # k and v would allow 16
     assert list(found.values) == list(found.rows) == ["q", "o"]
     assert "types=('o', 'q')" in found.provenance["made by"]
     with pytest.raises(WdlibError, match="no projection type 'x'"):
-        spectra.compute(folder, 1, types=("q", "x"))
+        jobs.compute(folder, 1, types=("q", "x"))
 
 
 def test_compute_of_a_type_that_the_model_has_not(tmp_path: Path) -> None:
@@ -589,17 +593,17 @@ def test_compute_of_a_type_that_the_model_has_not(tmp_path: Path) -> None:
     rest = {k: v for k, v in tensors.items() if "gate" not in k}
     save_file(rest, folder / "model.safetensors")
     with pytest.raises(WdlibError, match="toy has no matrix of type gate"):
-        spectra.compute(folder, 1, types=("gate",))
+        jobs.compute(folder, 1, types=("gate",))
 
 
 def test_compute_of_some_layers(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "toy", layers=4)
-    whole, part = spectra.compute(folder, 8), spectra.compute(folder, 8, layers=(3, 1))
+    whole, part = jobs.compute(folder, 8), jobs.compute(folder, 8, layers=(3, 1))
     assert part.rows["q"] == ((1, None), (3, None))
     np.testing.assert_array_equal(part.values["q"], whole.values["q"][[1, 3]])
     assert "layers=(3, 1)" in part.provenance["made by"]
     with pytest.raises(WdlibError, match="no layer 4"):
-        spectra.compute(folder, 8, layers=(4,))
+        jobs.compute(folder, 8, layers=(4,))
 
 
 def test_compute_of_matrices_of_rank_one(tmp_path: Path) -> None:
@@ -608,7 +612,7 @@ def test_compute_of_matrices_of_rank_one(tmp_path: Path) -> None:
     for name, W in tensors.items():
         W[:] = "up" not in name
     save_file(tensors, folder / "model.safetensors")
-    found = spectra.compute(folder, 4)
+    found = jobs.compute(folder, 4)
     np.testing.assert_allclose(found.values["q"], [[32, 0, 0, 0]] * 2, atol=1e-12)
     assert not found.values["up"].any()
     assert float(found.provenance["largest relative error"]) < 1e-5
@@ -617,19 +621,19 @@ def test_compute_of_matrices_of_rank_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [0, 17, -3])
 def test_rank_out_of_range_names_the_matrix(rank: int, store: Path) -> None:
     folder = write_model(store / "toy")
-    for function in (spectra.compute, spectra.of):
+    for function in (jobs.compute, jobs.of):
         with pytest.raises(
             WdlibError, match=r"toy: its matrix model\.layers\.0\.self_attn\.k_proj.*from 1 to 16"
         ):
             function(folder, rank)
     assert not (store / "cache").exists()
-    assert spectra.largest_rank(folder) == 16
+    assert jobs.largest_rank(folder) == 16
 
 
 def test_nan_names_the_tensor_and_writes_nothing(store: Path) -> None:
     folder = write_model(store / "toy")
     spoil(folder, "model.layers.1.self_attn.v_proj.weight", np.nan)
-    for function in (spectra.compute, spectra.of):
+    for function in (jobs.compute, jobs.of):
         with pytest.raises(
             WdlibError, match=r"model\.layers\.1\.self_attn\.v_proj\.weight.* NaN or inf"
         ):
@@ -639,15 +643,15 @@ def test_nan_names_the_tensor_and_writes_nothing(store: Path) -> None:
 
 def test_collect() -> None:
     W = gaussian(6, 9)
-    stream = [weights.Projection(0, "down", "a", W), weights.Projection(0, "q", "b", 2 * W)]
-    stream.append(weights.Projection(1, "down", "c", 3 * W))
-    found = spectra.collect(iter(stream), 2)
+    stream = [stream.Projection(0, "down", "a", W), stream.Projection(0, "q", "b", 2 * W)]
+    stream.append(stream.Projection(1, "down", "c", 3 * W))
+    found = jobs.collect(iter(stream), 2)
     assert list(found) == ["q", "down"]
     exact = np.linalg.svd(W.astype(np.float64), compute_uv=False)[:2]
     np.testing.assert_allclose(found["q"][0].values, 2 * exact)
     np.testing.assert_allclose([f.values for f in found["down"]], [exact, 3 * exact])
     with pytest.raises(WdlibError, match="tensor c "):
-        spectra.collect([replace(stream[2], matrix=W * np.inf)], 2)
+        jobs.collect([replace(stream[2], matrix=W * np.inf)], 2)
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
@@ -655,9 +659,9 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     for layers in (2, 12):
         folder = write_model(tmp_path / f"toy{layers}", layers=layers, hidden=256)
         sizes.append((folder / "model.safetensors").stat().st_size)
-        spectra.compute(folder, 4)
+        jobs.compute(folder, 4)
         tracemalloc.start()
-        spectra.compute(folder, 4)
+        jobs.compute(folder, 4)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 20  # headers, and the results
@@ -684,22 +688,22 @@ def write_mixture(folder: Path) -> Path:
 def test_shards_merge_into_the_bytes_of_one_job(write, shards: int, tmp_path: Path) -> None:
     folder = write(tmp_path / "toy")
     one, merged = tmp_path / "one.safetensors", tmp_path / "merged.safetensors"
-    spectra.compute_to(one, folder, 8)
+    jobs.compute_to(one, folder, 8)
     parts = []
     for i in range(1, shards + 1):
         path = tmp_path / f"{i}.safetensors"
-        spectra.compute_to(path, folder, 8, shard=(i, shards))
-        parts.append(spectra.load(path))
+        jobs.compute_to(path, folder, 8, shard=(i, shards))
+        parts.append(store.load(path))
     if shards > 1:
         assert parts[0].provenance["shard"] == f"1 of {shards}"
-        parts = [spectra.merge(parts[::-1])]
-    spectra.save(parts[0], merged)
+        parts = [jobs.merge(parts[::-1])]
+    store.save(parts[0], merged)
     assert merged.read_bytes() == one.read_bytes()
 
 
 def test_shards_are_equal_in_cost(tmp_path: Path) -> None:
-    plan = weights.plan(write_model(tmp_path / "toy", layers=14))
-    shards = [spectra._shard(plan, spectra.Job(8, shard=(i, 7))) for i in range(1, 8)]
+    plan = projection_parts(write_model(tmp_path / "toy", layers=14))
+    shards = [jobs._shard(plan, jobs.Job(8, shard=(i, 7))) for i in range(1, 8)]
     assert sorted(plan.index(p) for shard in shards for p in shard) == list(range(len(plan)))
     seventh = sum(p.stored for p in plan) / 7
     assert [sum(p.stored for p in shard) for shard in shards] == [seventh] * 7
@@ -708,51 +712,51 @@ def test_shards_are_equal_in_cost(tmp_path: Path) -> None:
 
 def test_shards_that_make_no_whole_are_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "toy")
-    one, two = (spectra.compute(folder, 4, shard=(i, 2)) for i in (1, 2))
-    for parts in ([one], [one, one], [one, two, two], [spectra.compute(folder, 4)], []):
+    one, two = (jobs.compute(folder, 4, shard=(i, 2)) for i in (1, 2))
+    for parts in ([one], [one, one], [one, two, two], [jobs.compute(folder, 4)], []):
         with pytest.raises(WdlibError, match="make no whole"):
-            spectra.merge(parts)
-    thirds = [spectra.compute(folder, 4, shard=(i, 3)) for i in (3, 1)]
+            jobs.merge(parts)
+    thirds = [jobs.compute(folder, 4, shard=(i, 3)) for i in (3, 1)]
     for parts in (thirds, [*thirds, thirds[0]], [thirds[0], one]):
         with pytest.raises(WdlibError, match=r"for want of .*2 of 3: give each"):
-            spectra.merge(parts)
+            jobs.merge(parts)
     wanted = r"not of one job: made by .*rank=4\)' in 1 of 2 and .*rank=5\)' in 2 of 2"
     with pytest.raises(WdlibError, match=wanted):
-        spectra.merge([one, spectra.compute(folder, 5, shard=(2, 2))])
+        jobs.merge([one, jobs.compute(folder, 5, shard=(2, 2))])
     spoil(folder, "model.layers.1.self_attn.v_proj.weight", 9.0)
     with pytest.raises(WdlibError, match="not of one job: sha256"):
-        spectra.merge([one, spectra.compute(folder, 4, shard=(2, 2))])
+        jobs.merge([one, jobs.compute(folder, 4, shard=(2, 2))])
     for shard in ((0, 2), (3, 2), (1, 15)):
         with pytest.raises(WdlibError, match="there is no shard"):
-            spectra.compute(folder, 4, shard=shard)
+            jobs.compute(folder, 4, shard=shard)
 
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the matrices that `top_singular_values` was called with."""
-    top, seen = spectra.top_singular_values, []
+    top, seen = kernel.top_singular_values, []
 
     def counted(matrix: np.ndarray, r: int, *, name: str, **options: bool) -> SingularValues:
         seen.append(name)
         return top(matrix, r, name=name, **options)
 
-    monkeypatch.setattr(spectra, "top_singular_values", counted)
+    monkeypatch.setattr(kernel, "top_singular_values", counted)
     return seen
 
 
 def test_a_journal_cut_at_any_byte_goes_on(tmp_path: Path, computed: list[str]) -> None:
     folder, out = write_model(tmp_path / "toy"), tmp_path / "out.safetensors"
     journal = Path(f"{out}.unfinished")
-    spectra.compute(folder, 4, journal=journal)
+    jobs.compute(folder, 4, journal=journal)
     kept = journal.read_bytes()
-    spectra.compute_to(out, folder, 4)
+    jobs.compute_to(out, folder, 4)
     assert not journal.exists() or pytest.fail("the journal of a finished job is left")
     whole, lines = out.read_bytes(), np.cumsum([len(line) for line in kept.splitlines(True)])
     assert len(lines) == 15
     for cut in [*range(0, len(kept), 97), *lines, *(lines - 1)]:
         journal.write_bytes(kept[:cut])
         computed.clear()
-        spectra.compute_to(out, folder, 4)
+        jobs.compute_to(out, folder, 4)
         finished = int(np.sum(lines - 1 <= cut))  # a line is whole without its end
         assert len(computed) == 14 - max(finished - 1, 0)
         assert out.read_bytes() == whole
@@ -761,22 +765,22 @@ def test_a_journal_cut_at_any_byte_goes_on(tmp_path: Path, computed: list[str]) 
 
 def test_twice_interrupted(tmp_path: Path, computed: list[str]) -> None:
     folder, journal = write_model(tmp_path / "toy"), tmp_path / "journal"
-    whole = spectra.compute(folder, 4, journal=journal)
+    whole = jobs.compute(folder, 4, journal=journal)
     journal.write_bytes(journal.read_bytes()[:2000])  # in the middle of a line
-    spectra.compute(folder, 4, journal=journal)
+    jobs.compute(folder, 4, journal=journal)
     computed.clear()
-    assert_same(spectra.compute(folder, 4, journal=journal), whole)
+    assert_same(jobs.compute(folder, 4, journal=journal), whole)
     assert computed == []
 
 
 def test_the_day_is_that_of_the_beginning(tmp_path: Path) -> None:
     folder, journal = write_model(tmp_path / "toy"), tmp_path / "journal"
-    today = spectra.compute(folder, 4, journal=journal).provenance["created"]
+    today = jobs.compute(folder, 4, journal=journal).provenance["created"]
     journal.write_text(journal.read_text().replace(today, "2001-02-03"))
-    assert spectra.compute(folder, 4, journal=journal).provenance["created"] == "2001-02-03"
-    shards = [spectra.compute(folder, 4, shard=(i, 2)) for i in (1, 2)]
+    assert jobs.compute(folder, 4, journal=journal).provenance["created"] == "2001-02-03"
+    shards = [jobs.compute(folder, 4, shard=(i, 2)) for i in (1, 2)]
     shards[1].provenance["created"] = "2001-02-03"
-    assert spectra.merge(shards).provenance["created"] == "2001-02-03"
+    assert jobs.merge(shards).provenance["created"] == "2001-02-03"
 
 
 @pytest.mark.parametrize("change", ["rank", "weights", "certify", "shard", "foreign", "list"])
@@ -785,15 +789,15 @@ def test_a_journal_of_something_else_begins_anew(
 ) -> None:
     folder, journal = write_model(tmp_path / "toy"), tmp_path / "journal"
     options = {"certify": {"certify": False}, "shard": {"shard": (1, 2)}}.get(change, {})
-    spectra.compute(folder, 5 if change == "rank" else 4, journal=journal, **options)
+    jobs.compute(folder, 5 if change == "rank" else 4, journal=journal, **options)
     if change == "weights":
         spoil(folder, "model.layers.0.self_attn.q_proj.weight", 50.0)
     if change in ("foreign", "list"):
         journal.write_text("something\n" if change == "foreign" else "[1]\n")
     computed.clear()
-    found = spectra.compute(folder, 4, journal=journal)
+    found = jobs.compute(folder, 4, journal=journal)
     assert len(computed) == 14
-    assert_same(found, spectra.compute(folder, 4))
+    assert_same(found, jobs.compute(folder, 4))
     assert "begins anew" in caplog.text
 
 
@@ -810,9 +814,9 @@ def test_killed_and_called_again(tmp_path: Path, computed: list[str]) -> None:
         process.kill()
     assert not out.exists()
     finished = journal.read_bytes().count(b"\n") - 1
-    spectra.compute_to(out, folder, 8)
+    jobs.compute_to(out, folder, 8)
     assert len(computed) == 42 - finished < 42
-    spectra.compute_to(tmp_path / "one.safetensors", folder, 8)
+    jobs.compute_to(tmp_path / "one.safetensors", folder, 8)
     assert out.read_bytes() == (tmp_path / "one.safetensors").read_bytes()
 
 
@@ -837,13 +841,13 @@ class Counting(ThreadPoolExecutor):
 
 def test_threads_give_the_same_bits_and_bounded_memory(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "toy", hidden=336)
-    one = spectra.compute(folder, 8)
+    one = jobs.compute(folder, 8)
     with ThreadPoolExecutor(2) as pool:
-        assert_same(spectra.compute(folder, 8, executor=pool), one)
+        assert_same(jobs.compute(folder, 8, executor=pool), one)
     with Counting() as pool:
-        found = spectra.collect(weights.projections(folder), 8, executor=pool)
-        assert pool.most == spectra.IN_FLIGHT
-    values, error = spectra.stack(found)
+        found = jobs.collect(stream.projections(folder), 8, executor=pool)
+        assert pool.most == jobs.IN_FLIGHT
+    values, error = jobs.stack(found)
     for t in TYPES:
         np.testing.assert_array_equal(values[t], one.values[t])
         np.testing.assert_array_equal(error[t], one.error[t])
@@ -858,7 +862,7 @@ def test_an_error_in_a_worker_is_raised_and_ends_the_work(
         ThreadPoolExecutor(1) as pool,
         pytest.raises(WdlibError, match=r"layers\.1\.self_attn\.q_proj\.weight.* NaN or infinity"),
     ):
-        spectra.compute(folder, 4, executor=pool)
+        jobs.compute(folder, 4, executor=pool)
     assert len(computed) < 100
 
 
@@ -870,18 +874,18 @@ def test_a_worker_that_dies_is_said_in_one_sentence(tmp_path: Path) -> None:
             return future
 
     with pytest.raises(WdlibError, match=r"a worker died \(it is gone\).*same command again"):
-        spectra.compute(write_model(tmp_path / "toy"), 4, executor=Dead())
+        jobs.compute(write_model(tmp_path / "toy"), 4, executor=Dead())
 
 
 def test_no_matrix_travels(tmp_path: Path) -> None:
-    plan = weights.plan(write_model(tmp_path / "toy", hidden=336))
-    assert max(len(pickle.dumps((spectra._of_part, spectra.Job(8), p))) for p in plan) < 2000
+    plan = projection_parts(write_model(tmp_path / "toy", hidden=336))
+    assert max(len(pickle.dumps((jobs._of_part, jobs.Job(8), p))) for p in plan) < 2000
 
 
 def test_processes_give_the_same_bits(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "toy", hidden=336)
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        assert_same(spectra.compute(folder, 8, executor=pool), spectra.compute(folder, 8))
+        assert_same(jobs.compute(folder, 8, executor=pool), jobs.compute(folder, 8))
 
 
 def test_workers_end_with_a_parent_that_was_killed() -> None:
@@ -905,7 +909,7 @@ def test_what_is_finished_first_is_kept_first(
 ) -> None:
     folder, journal = write_model(tmp_path / "toy", layers=3), tmp_path / "journal"
     costly = "tensor model.layers.0.mlp.gate_proj.weight"
-    top, order, others_kept = spectra.top_singular_values, [], []
+    top, order, others_kept = kernel.top_singular_values, [], []
 
     def slow(matrix: np.ndarray, r: int, *, name: str, **options: bool) -> SingularValues:
         order.append(name)
@@ -917,14 +921,14 @@ def test_what_is_finished_first_is_kept_first(
                     break
         return top(matrix, r, name=name, **options)
 
-    monkeypatch.setattr(spectra, "top_singular_values", slow)
+    monkeypatch.setattr(kernel, "top_singular_values", slow)
     with ThreadPoolExecutor(2) as pool:
-        found = spectra.compute(folder, 4, journal=journal, executor=pool)
+        found = jobs.compute(folder, 4, journal=journal, executor=pool)
     assert others_kept
     kinds = [name.split(".")[4] for name in order]
     assert set(kinds[:9]) == {"gate_proj", "up_proj", "down_proj"}, "the costliest are not first"
     monkeypatch.undo()
-    assert_same(found, spectra.compute(folder, 4))
+    assert_same(found, jobs.compute(folder, 4))
 
 
 def test_dask_gives_the_same_bits(tmp_path: Path) -> None:
@@ -937,19 +941,19 @@ def test_dask_gives_the_same_bits(tmp_path: Path) -> None:
         distributed.Client(cluster) as client,
         client.get_executor() as pool,
     ):
-        found = spectra.compute(folder, 8, executor=pool)
-    assert_same(found, spectra.compute(folder, 8))
+        found = jobs.compute(folder, 8, executor=pool)
+    assert_same(found, jobs.compute(folder, 8))
 
 
 def test_progress_says_what_is_done_and_how_fast(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder, journal = write_model(tmp_path / "toy"), tmp_path / "journal"
-    spectra.compute(folder, 4, journal=journal, progress=True)
+    jobs.compute(folder, 4, journal=journal, progress=True)
     said = capsys.readouterr()
     assert re.search(r"61\.4k/61\.4k .*B/s, 14 of 14 matrices", said.err.replace("\r", "\n"))
     assert not said.out
-    spectra.compute(folder, 4)
+    jobs.compute(folder, 4)
     assert not capsys.readouterr().err
 
 
@@ -964,7 +968,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["merge", *shards, "--out", merged]) == 0
     assert cli.main([*common, "--workers", "2", "--out", one]) == 0
     assert Path(merged).read_bytes() == Path(one).read_bytes()
-    assert spectra.load(merged).rows == dict.fromkeys("qk", ((0, None), (2, None)))
+    assert store.load(merged).rows == dict.fromkeys("qk", ((0, None), (2, None)))
     capsys.readouterr()
     assert cli.main([*common, "--device", "tpu", "--out", one]) == 1
     assert "no device 'tpu'" in capsys.readouterr().err
@@ -983,9 +987,9 @@ def test_files_that_cannot_hold_spectra_are_refused_before_any_work(
     (tmp_path / "folder.safetensors").mkdir()
     for name in ("folder.safetensors", "toy", "a.npz"):
         with pytest.raises(WdlibError, match=rf"{name} cannot hold spectra: name a file that"):
-            spectra.compute_to(tmp_path / name, folder, 4)
+            jobs.compute_to(tmp_path / name, folder, 4)
         with pytest.raises(WdlibError, match=rf"{name} cannot hold spectra"):
-            spectra.save(made_by_hand(((0, None),)), tmp_path / name)
+            store.save(made_by_hand(((0, None),)), tmp_path / name)
     assert not computed
     assert {path.name for path in tmp_path.iterdir()} == {"toy", "folder.safetensors"}
 
@@ -993,10 +997,10 @@ def test_files_that_cannot_hold_spectra_are_refused_before_any_work(
 def test_files_that_are_not_there_yet(tmp_path: Path) -> None:
     path = tmp_path / "2.safetensors"
     with pytest.raises(WdlibError, match=r"2\.safetensors holds no spectra \(there is no such"):
-        spectra.load(path)
+        store.load(path)
     Path(f"{path}.unfinished").touch()
     with pytest.raises(WdlibError, match=r"\(its job is unfinished\): run `wdlib spectra MODEL"):
-        spectra.load(path)
+        store.load(path)
 
 
 # Large matrices ----------------------------------------------------------------------------------
@@ -1014,17 +1018,17 @@ def test_the_peak_is_three_of_the_largest_matrix(tmp_path: Path) -> None:
     }
     save_file(tensors, tmp_path / "model.safetensors")
     del tensors
-    spectra.compute(tmp_path, 16, layers=(0,), types=("k",))
+    jobs.compute(tmp_path, 16, layers=(0,), types=("k",))
     for layers in ((0,), (0, 1)):
         tracemalloc.start()
-        spectra.compute(tmp_path, 16, types=("q", "gate", "down"), layers=layers)
+        jobs.compute(tmp_path, 16, types=("q", "gate", "down"), layers=layers)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 2.5 * 4 * n * m  # three are allowed; one matrix kept too long makes 2.75
 
 
 def test_the_float64_product_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spectra, "PRODUCT_BYTES", 8 * N * 40)
+    monkeypatch.setattr(kernel, "PRODUCT_BYTES", 8 * N * 40)
     W = gaussian(N, M)
     for V in (W, np.asfortranarray(W), W.T, W.astype(np.float64), W.astype(np.float16)):
         result = top_singular_values(V, 200)
@@ -1039,16 +1043,16 @@ def test_the_product_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     W = gaussian(N, M)
     W.flags.writeable = False
     for V in (W, np.asfortranarray(W)):
-        G = spectra._mirror(spectra._product_on("cpu", V))
+        G = kernel._mirror(kernel._product_on("cpu", V))
         np.testing.assert_allclose(G, V.astype(np.float64) @ V.T, atol=1e-3)
         np.testing.assert_array_equal(G, G.T)
-    monkeypatch.setattr(spectra, "check_device", lambda device: None)
-    product = spectra._product_on
-    monkeypatch.setattr(spectra, "_product_on", lambda device, W: product("cpu", W))
+    monkeypatch.setattr(kernel, "check_device", lambda device: None)
+    product = kernel._product_on
+    monkeypatch.setattr(kernel, "_product_on", lambda device, W: product("cpu", W))
     result = top_singular_values(W, 16, device="cuda")
     assert result.method == "gram-lanczos"
     check(W, result)
-    monkeypatch.setattr(spectra, "_product_on", lambda device, W: product("cpu", W) * 1.001)
+    monkeypatch.setattr(kernel, "_product_on", lambda device, W: product("cpu", W) * 1.001)
     check(W, top_singular_values(W, 16, device="mps"))  # a wrong device cannot break the bound
 
 
@@ -1066,10 +1070,10 @@ def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         with pytest.raises(WdlibError, match=message):
             top_singular_values(gaussian(5, 6), 2, device=device)
         with pytest.raises(WdlibError, match=message):
-            spectra.compute(folder, 2, device=device)
+            jobs.compute(folder, 2, device=device)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(WdlibError, match=r"cuda needs torch.* wdlib\[lora\]"):
-        spectra.check_device("cuda")
+        kernel.check_device("cuda")
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -1086,10 +1090,10 @@ def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 )
 def test_round_trip(rows: tuple, tmp_path: Path) -> None:
     written = made_by_hand(rows)
-    path = spectra.save(written, tmp_path / "new" / "toy.safetensors")
-    assert_same(spectra.load(path), written)
-    assert_same(spectra.load(str(path)), written)
-    assert_same(spectra.load(path, rank=2), written.truncate(2))
+    path = store.save(written, tmp_path / "new" / "toy.safetensors")
+    assert_same(store.load(path), written)
+    assert_same(store.load(str(path)), written)
+    assert_same(store.load(path, rank=2), written.truncate(2))
     tensors = load_file(path)
     assert tensors["q"].dtype == np.float64
     np.testing.assert_array_equal(tensors["down.error"], written.error["down"])
@@ -1112,17 +1116,17 @@ def test_truncate() -> None:
 
 def test_truncated_spectra_are_saved_as_they_are(tmp_path: Path) -> None:
     part = made_by_hand(((0, None), (1, None)), rank=5).truncate(2)
-    assert_same(spectra.load(spectra.save(part, tmp_path / "part.safetensors")), part)
+    assert_same(store.load(store.save(part, tmp_path / "part.safetensors")), part)
 
 
 def test_load_by_name(store: Path) -> None:
     toy = made_by_hand(((0, None),))
     with pytest.raises(WdlibError, match=r"no stored spectra toy\.safetensors"):
-        spectra.load("toy")
-    spectra.save(toy, spectra.stored("toy"))
-    assert_same(spectra.load("toy"), toy)
+        store.load("toy")
+    store.save(toy, store.stored("toy"))
+    assert_same(store.load("toy"), toy)
     with pytest.raises(WdlibError, match=r"stored: toy"):
-        spectra.load("other")
+        store.load("other")
 
 
 def wdlib_file(path: Path, about: object, *left_out: str) -> None:
@@ -1134,7 +1138,7 @@ BROKEN = {
     "empty": lambda path: path.write_bytes(b""),
     "garbage": lambda path: path.write_bytes(os.urandom(1000)),
     "cut": lambda path: path.write_bytes(
-        spectra.save(made_by_hand(((0, None),)), path).read_bytes()[:-9]
+        store.save(made_by_hand(((0, None),)), path).read_bytes()[:-9]
     ),
     "foreign": lambda path: save_file({"q": np.ones((2, 3))}, path),
     "other metadata": lambda path: save_file({"q": np.ones(2)}, path, metadata={"format": "pt"}),
@@ -1151,7 +1155,7 @@ def test_broken_files_are_refused_by_name(name: str, tmp_path: Path) -> None:
     BROKEN[name](path)
     remedy = r"`wdlib spectra MODEL --rank R --out \S+bad\.safetensors`"
     with pytest.raises(WdlibError, match=rf"bad\.safetensors does not hold spectra .*{remedy}"):
-        spectra.load(path)
+        store.load(path)
 
 
 @pytest.mark.parametrize("step", ["serialise", "write", "replace"])
@@ -1159,7 +1163,7 @@ def test_a_failed_save_leaves_what_was_there(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "toy.safetensors"
-    spectra.save(made_by_hand(((0, None),)), path)
+    store.save(made_by_hand(((0, None),)), path)
     before = path.read_bytes()
 
     def fail(*_: object, **__: object) -> None:
@@ -1178,7 +1182,7 @@ def test_a_failed_save_leaves_what_was_there(
         monkeypatch.setattr(os, "replace", fail)
     for target in (path, tmp_path / "other.safetensors"):
         with pytest.raises(OSError, match="no space left"):
-            spectra.save(made_by_hand(((0, None), (1, None))), target)
+            store.save(made_by_hand(((0, None), (1, None))), target)
     assert [p.name for p in tmp_path.iterdir()] == ["toy.safetensors"]
     assert path.read_bytes() == before
 
@@ -1200,7 +1204,7 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
         )
         written.append(path.read_bytes())
     assert written[0] == written[1]
-    assert "gram-lanczos" in spectra.load(path).provenance["methods"]
+    assert "gram-lanczos" in store.load(path).provenance["methods"]
 
 
 # From the store, from the cache, computed --------------------------------------------------------
@@ -1209,26 +1213,26 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The ranks that `compute` was called with."""
-    compute, seen = spectra.compute, []
+    compute, seen = jobs.compute, []
 
-    def counted(model: models.Checkpoint, rank: int, **options: bool) -> Spectra:
+    def counted(model: files.Checkpoint, rank: int, **options: bool) -> Spectra:
         seen.append(rank)
         return compute(model, rank, **options)
 
-    monkeypatch.setattr(spectra, "compute", counted)
+    monkeypatch.setattr(jobs, "compute", counted)
     return seen
 
 
 def test_of_computes_once_per_content(store: Path, calls: list[int]) -> None:
     folder = write_model(store / "toy")
-    first = spectra.of(folder, 4)
-    assert_same(spectra.of(folder, 4), first)
-    assert_same(spectra.of(str(folder), 4), first)
+    first = jobs.of(folder, 4)
+    assert_same(jobs.of(folder, 4), first)
+    assert_same(jobs.of(str(folder), 4), first)
     assert calls == [4]
-    assert spectra.of(folder, 5).rank == 5
+    assert jobs.of(folder, 5).rank == 5
     assert calls == [4, 5]
     spoil(folder, "model.layers.0.self_attn.q_proj.weight", 50.0)
-    changed = spectra.of(folder, 4)
+    changed = jobs.of(folder, 4)
     assert calls == [4, 5, 4]
     assert changed.values["q"][0, 0] > 49
     assert changed.provenance["sha256"] != first.provenance["sha256"]
@@ -1240,12 +1244,12 @@ def test_of_a_folder_named_like_a_model_is_of_the_folder(
     as_path: Callable, store: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(store)
-    kept = replace(made_by_hand(((0, None),), rank=3), model=models.DEFAULT)
-    spectra.save(kept, spectra.stored(models.DEFAULT))
-    spectra.save(kept, store / f"{models.DEFAULT}.safetensors")
-    folder = as_path(write_model(Path(models.DEFAULT)).name)
-    assert spectra.available_rank(folder) == 16
-    assert spectra.of(folder, 3).rows["q"] == ((0, None), (1, None))
+    kept = replace(made_by_hand(((0, None),), rank=3), model=catalogue.DEFAULT)
+    store.save(kept, store.stored(catalogue.DEFAULT))
+    store.save(kept, store / f"{catalogue.DEFAULT}.safetensors")
+    folder = as_path(write_model(Path(catalogue.DEFAULT)).name)
+    assert jobs.available_rank(folder) == 16
+    assert jobs.of(folder, 3).rows["q"] == ((0, None), (1, None))
     assert calls == [3]
 
 
@@ -1253,11 +1257,11 @@ def test_of_computes_again_what_is_damaged(
     store: Path, calls: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_model(store / "toy")
-    first = spectra.of(folder, 4)
+    first = jobs.of(folder, 4)
     (path,) = (store / "cache" / "spectra").iterdir()
     good = path.read_bytes()
     path.write_bytes(good[:-9])
-    assert_same(spectra.of(folder, 4), first)
+    assert_same(jobs.of(folder, 4), first)
     assert calls == [4, 4]
     assert path.read_bytes() == good
     assert "does not hold spectra" in caplog.text
@@ -1266,15 +1270,15 @@ def test_of_computes_again_what_is_damaged(
 def test_of_prefers_the_store_and_needs_no_weights(
     store: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = replace(made_by_hand(((0, None),), rank=3), model=models.DEFAULT)
-    spectra.save(kept, spectra.stored(models.DEFAULT))
-    toy = models.resolve(write_model(store / "toy"))
+    kept = replace(made_by_hand(((0, None),), rank=3), model=catalogue.DEFAULT)
+    store.save(kept, store.stored(catalogue.DEFAULT))
+    toy = files.resolve(write_model(store / "toy"))
     resolved = []
-    monkeypatch.setattr(models, "resolve", lambda model: resolved.append(model) or toy)
-    assert_same(spectra.of(models.DEFAULT, 2), kept.truncate(2))
-    assert_same(spectra.of(models.DEFAULT, 3), kept)
+    monkeypatch.setattr(files, "resolve", lambda model: resolved.append(model) or toy)
+    assert_same(jobs.of(catalogue.DEFAULT, 2), kept.truncate(2))
+    assert_same(jobs.of(catalogue.DEFAULT, 3), kept)
     assert not calls
     assert not resolved
-    assert spectra.of(models.DEFAULT, 4).model == "toy"  # more than the store holds
-    assert resolved == [models.DEFAULT]
+    assert jobs.of(catalogue.DEFAULT, 4).model == "toy"  # more than the store holds
+    assert resolved == [catalogue.DEFAULT]
     assert calls == [4]

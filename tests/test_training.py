@@ -14,9 +14,20 @@ import torch
 from peft import PeftModel
 from transformers import LlamaConfig, TrainingArguments
 
-from wdlib import WdlibError, lora, paths, pretrained, training
-from wdlib.characterize import load
-from wdlib.training import Example, Hyperparameters, Run, Tokens
+from wdlib import WdlibError, characterise, paths
+from wdlib.lora import data, initialisation, pretrained, training
+from wdlib.lora.data import (
+    DATA,
+    HELD_OUT,
+    Example,
+    Tokens,
+    examples,
+    pad,
+    schedule,
+    split,
+    tokenise,
+)
+from wdlib.lora.runs import Hyperparameters, Run
 
 REFERENCE = "qwen2.5-coder-0.5b-instruct"
 SHORT = Hyperparameters(steps=5, warmup_steps=1, learning_rate=1e-2, dtype="float32")
@@ -34,7 +45,7 @@ def home(tmp_path_factory):
     ]
     (folder / "data").mkdir()
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "data" / training.DATA["alpaca"].file).write_text(lines)
+    (folder / "data" / DATA["alpaca"].file).write_text(lines)
     return folder
 
 
@@ -51,7 +62,7 @@ def losses(folder):
 
 
 def write(folder, name, rows):
-    (folder / training.DATA[name].file).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / DATA[name].file).write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
 def test_questions_that_come_twice_count_once(tmp_path):
@@ -61,14 +72,14 @@ def test_questions_that_come_twice_count_once(tmp_path):
         {"instruction": "a", "input": "", "output": "second"},
     ]
     write(tmp_path, "math", rows)
-    found = training.examples("math", folder=tmp_path)
+    found = examples("math", folder=tmp_path)
     assert found == (Example("b", "", "other"), Example("a", "", "first"))
 
 
 def test_a_multiple_choice_question_becomes_an_instruction(tmp_path):
     choices = {"text": ["stone", "air"], "label": ["1", "2"]}
     write(tmp_path, "arc", [{"question": "What is hard?", "choices": choices, "answerKey": "1"}])
-    (found,) = training.examples("arc", folder=tmp_path)
+    (found,) = examples("arc", folder=tmp_path)
     assert found.input == "What is hard?\nA. stone\nB. air"
     assert found.output == "A. stone"
 
@@ -83,62 +94,62 @@ def test_data_is_read_from_its_address(tmp_path, monkeypatch, kind):
         pyarrow = pytest.importorskip("pyarrow")
         parquet = pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    source = replace(training.DATA["math"], url=path.as_uri())
-    monkeypatch.setitem(training.DATA, "math", source)
-    assert training.examples("math") == (Example("a", "", "b"),)
+    source = replace(DATA["math"], url=path.as_uri())
+    monkeypatch.setitem(DATA, "math", source)
+    assert examples("math") == (Example("a", "", "b"),)
 
 
 def test_data_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     with pytest.raises(WdlibError, match="no data set 'poems': choose from alpaca"):
-        training.examples("poems")
+        examples("poems")
     with pytest.raises(WdlibError, match="alpaca_en_demo.jsonl cannot be read"):
-        training.examples("alpaca", folder=tmp_path)
+        examples("alpaca", folder=tmp_path)
     write(tmp_path, "math", [{"instruction": "a"}])
     with pytest.raises(WdlibError, match="a row of the data set 'math' lacks"):
-        training.examples("math", folder=tmp_path)
-    missing = replace(training.DATA["math"], url=(tmp_path / "none.json").as_uri())
-    monkeypatch.setitem(training.DATA, "math", missing)
+        examples("math", folder=tmp_path)
+    missing = replace(DATA["math"], url=(tmp_path / "none.json").as_uri())
+    monkeypatch.setitem(DATA, "math", missing)
     with pytest.raises(WdlibError, match="none.json cannot be read .* name a local folder"):
-        training.examples("math")
+        examples("math")
 
 
 def test_the_held_out_examples_are_fixed_and_apart():
     rows = [Example(str(i), "", "") for i in range(250)]
-    to_train, held_out = training.split(rows)
-    assert (len(to_train), len(held_out)) == (150, training.HELD_OUT)
+    to_train, held_out = split(rows)
+    assert (len(to_train), len(held_out)) == (150, HELD_OUT)
     assert set(to_train) | set(held_out) == set(rows)
-    assert held_out == training.split(rows)[1]
-    assert held_out != rows[-training.HELD_OUT :]
+    assert held_out == split(rows)[1]
+    assert held_out != rows[-HELD_OUT:]
     with pytest.raises(WdlibError, match="199 examples are too few"):
-        training.split(rows[:199])
+        split(rows[:199])
 
 
 def test_an_example_in_the_alpaca_format(home):
     tokenizer = pretrained.load(home / "model").tokenizer
     row = Example("Add.", "1 and 2", "3.")
-    (whole,) = training.tokenise([row], tokenizer, max_length=999)
+    (whole,) = tokenise([row], tokenizer, max_length=999)
     text = tokenizer.decode(whole.ids)
     assert text.startswith("Below is an instruction")
     assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n3.<end>")
     assert whole.labels == [training.IGNORED, *whole.ids[1:]]
     assert not whole.cut
-    (answer,) = training.tokenise([row], tokenizer, max_length=999, answers_only=True)
+    (answer,) = tokenise([row], tokenizer, max_length=999, answers_only=True)
     assert answer.ids == whole.ids
     assert answer.labels == [training.IGNORED] * (len(whole.ids) - 3) + whole.ids[-3:]
-    (short,) = training.tokenise([row], tokenizer, max_length=20)
+    (short,) = tokenise([row], tokenizer, max_length=20)
     assert short == Tokens(whole.ids[:20], whole.labels[:20], cut=True)
 
 
 def test_the_schedule_shows_every_example_before_one_comes_again():
-    plan = training.schedule(10, 4, 6, seed=1)
+    plan = schedule(10, 4, 6, seed=1)
     assert plan.shape == (6, 4)
     seen = plan.ravel()
     for first in (0, 10):
         assert sorted(seen[first : first + 10]) == list(range(10))
     assert (seen[:10] != seen[10:20]).any()
-    np.testing.assert_array_equal(plan, training.schedule(10, 4, 6, seed=1))
-    assert (plan != training.schedule(10, 4, 6, seed=2)).any()
-    np.testing.assert_array_equal(plan[:3], training.schedule(10, 4, 3, seed=1))
+    np.testing.assert_array_equal(plan, schedule(10, 4, 6, seed=1))
+    assert (plan != schedule(10, 4, 6, seed=2)).any()
+    np.testing.assert_array_equal(plan[:3], schedule(10, 4, 3, seed=1))
 
 
 def test_examples_of_similar_length_share_a_micro_batch():
@@ -153,7 +164,7 @@ def test_examples_of_similar_length_share_a_micro_batch():
 def test_the_held_out_loss_is_that_of_each_example_alone(home):
     loaded = pretrained.load(home / "model")
     rows = [Example(str(i), "", "word " * i) for i in (5, 1, 3, 0, 9)]
-    sequences = training.tokenise(rows, loaded.tokenizer, max_length=999, answers_only=True)
+    sequences = tokenise(rows, loaded.tokenizer, max_length=999, answers_only=True)
     found = training.held_out_loss(loaded.model, sequences, batch=2)
     alone = []
     for s in sequences:
@@ -215,21 +226,21 @@ def test_the_losses_are_those_of_a_plain_loop(run, home, tmp_path):
     """Batches of two in the order of the schedule, an attention mask, and no Trainer."""
     done = training.train(run, tmp_path / "run", data_folder=home / "data")
     loaded = pretrained.load(run.model)
-    to_train, held_out = training.split(training.examples("alpaca", folder=home / "data"))
+    to_train, held_out = split(examples("alpaca", folder=home / "data"))
     h = run.hyperparameters
-    rows = training.tokenise(to_train, loaded.tokenizer, max_length=h.max_length)
-    model, _ = lora.attach(loaded.model, "default", seed=run.seed)
+    rows = tokenise(to_train, loaded.tokenizer, max_length=h.max_length)
+    model, _ = initialisation.attach(loaded.model, "default", seed=run.seed)
     start = training.held_out_loss(
-        model, training.tokenise(held_out, loaded.tokenizer, max_length=h.max_length)
+        model, tokenise(held_out, loaded.tokenizer, max_length=h.max_length)
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, h.learning_rate, weight_decay=h.weight_decay)
     rates = [0.0, *(h.learning_rate * (h.steps - k) / (h.steps - 1) for k in range(1, h.steps))]
     expected = []
-    for rate, step in zip(rates, training.schedule(len(rows), 8, h.steps, run.seed), strict=True):
+    for rate, step in zip(rates, schedule(len(rows), 8, h.steps, run.seed), strict=True):
         total, tokens = 0.0, sum(len(rows[i].ids) - 1 for i in step)
         for first in range(0, 8, h.batch):
-            batch = training.pad([rows[i] for i in step[first : first + h.batch]])
+            batch = pad([rows[i] for i in step[first : first + h.batch]])
             mask = batch["labels"] != training.IGNORED
             mask[:, 0] = True
             out = model(batch["input_ids"], attention_mask=mask.long())
@@ -269,8 +280,8 @@ def test_the_folder_holds_a_stock_adapter_and_an_account(run, home, tmp_path):
     assert str(home) not in json.dumps({k: found[k] for k in found if k != "configuration"})
     loaded = pretrained.load(run.model)
     model = PeftModel.from_pretrained(loaded.model, done / "adapter")
-    _, held_out = training.split(training.examples("alpaca", folder=home / "data"))
-    rows = training.tokenise(held_out, loaded.tokenizer, max_length=1024)
+    _, held_out = split(examples("alpaca", folder=home / "data"))
+    rows = tokenise(held_out, loaded.tokenizer, max_length=1024)
     after = training.held_out_loss(model, rows)["loss"]
     assert after == pytest.approx(found["held_out"]["after"]["loss"], abs=1e-5)
 
@@ -285,7 +296,7 @@ def test_runs_of_one_seed_see_the_same_examples(run, home, tmp_path):
 
 def test_a_finished_run_is_left_alone(run, home, tmp_path, monkeypatch):
     done = training.train(run, tmp_path / "run", data_folder=home / "data")
-    monkeypatch.setattr(training, "examples", None)
+    monkeypatch.setattr(data, "examples", None)
     assert training.train(run, done) == done
     with pytest.raises(WdlibError, match="holds another run"):
         training.train(replace(run, seed=1), done)
@@ -305,7 +316,7 @@ def test_frozen_weights_alone_are_cast(run, home, tmp_path):
     other = replace(run, init="pissa", hyperparameters=rounded)
     found = training.result(training.train(other, tmp_path / "run", data_folder=home / "data"))
     assert found["dtype"] == "bfloat16"
-    model, _ = lora.attach(pretrained.load(run.model).model, "pissa")
+    model, _ = initialisation.attach(pretrained.load(run.model).model, "pissa")
     training._cast_frozen(model, "bfloat16", everything=False)
     kinds = {(".lora_" in n, p.dtype) for n, p in model.named_parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
@@ -402,7 +413,7 @@ def test_several_gpus_without_a_launcher_do_not_enlarge_a_batch(run, home, tmp_p
 
 def test_the_characterisations_of_the_grid_are_there():
     run = Run(init="literal", reference=REFERENCE)
-    assert load(run.characterisation()).rank == 16
+    assert characterise.load(run.characterisation()).rank == 16
     assert run.characterisation().is_relative_to(paths.RESULTS)
     assert Run().characterisation() is None
     assert Path(run.characterisation()).is_file()

@@ -17,7 +17,12 @@ import transformers
 from gguf import GGMLQuantizationType as Quant
 from safetensors.numpy import load_file, save_file
 
-from wdlib import TYPES, WdlibError, models, weights
+from wdlib import TYPES, WdlibError
+from wdlib.checkpoints import catalogue, files, formats, stream
+from wdlib.checkpoints.formats import decode, read_rows
+from wdlib.checkpoints.headers import gguf_header
+from wdlib.checkpoints.plan import inventory
+from wdlib.fingerprints.values import value_distributions
 
 COMMON = {
     "num_hidden_layers": 2,
@@ -210,7 +215,7 @@ def own_weights(name: str, model: torch.nn.Module) -> dict[tuple, np.ndarray]:
 
 
 def read(model) -> dict[tuple, np.ndarray]:
-    return {(p.layer, p.type, p.expert): p.matrix for p in weights.projections(model)}
+    return {(p.layer, p.type, p.expert): p.matrix for p in stream.projections(model)}
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +299,7 @@ def test_gate_and_up_of_phi3_give_the_activations_own_inputs(saved):
 def test_inventory_lists_what_is_streamed_in_order(saved):
     for name in ARCHITECTURES:
         folder, _ = saved(name)
-        entries, streamed = weights.inventory(folder), list(weights.projections(folder))
+        entries, streamed = inventory(folder), list(stream.projections(folder))
         keys = [
             (e.layer, TYPES.index(e.type), -1 if e.expert is None else e.expert) for e in entries
         ]
@@ -306,7 +311,7 @@ def test_inventory_lists_what_is_streamed_in_order(saved):
             assert p.matrix.dtype == np.float32
             assert p.matrix.flags.c_contiguous
             assert p.matrix.flags.writeable
-    assert Counter(e.type for e in weights.inventory(saved("bert")[0])) == dict.fromkeys(
+    assert Counter(e.type for e in inventory(saved("bert")[0])) == dict.fromkeys(
         ("q", "k", "v", "o", "up", "down"), 2
     )
 
@@ -328,39 +333,39 @@ def test_data_types_and_shards(name, dtype, tmp_path):
     for key, matrix in wanted.items():
         np.testing.assert_array_equal(one[key], matrix, strict=True)
     stored = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}[dtype]
-    assert {e.dtype for e in weights.inventory(tmp_path / "many")} == {stored}
+    assert {e.dtype for e in inventory(tmp_path / "many")} == {stored}
 
 
 def test_bfloat16_keeps_every_finite_value(saved, tmp_path):
     bits = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
     values = torch.from_numpy(bits).view(torch.bfloat16).float().numpy()
     with np.errstate(invalid="ignore"):
-        got = weights._decode(bits.view(np.uint8), "BF16")
+        got = decode(bits.view(np.uint8), "BF16")
     np.testing.assert_array_equal(got.view(np.uint32), values.view(np.uint32))
 
 
 def test_only_what_is_asked_for_is_read(saved, monkeypatch):
     folder, _ = saved("llama")
     reads = []
-    real = weights._read
-    monkeypatch.setattr(weights, "_read", lambda *args: reads.append(args) or real(*args))
-    got = [(p.layer, p.type) for p in weights.projections(folder, layers=[1], types=("down", "q"))]
+    real = read_rows
+    monkeypatch.setattr(formats, "read_rows", lambda *args: reads.append(args) or real(*args))
+    got = [(p.layer, p.type) for p in stream.projections(folder, layers=[1], types=("down", "q"))]
     assert got == [(1, "q"), (1, "down")]
     assert len(reads) == 2
-    assert list(weights.projections(saved("gpt2")[0], types=["gate"])) == []
+    assert list(stream.projections(saved("gpt2")[0], types=["gate"])) == []
     with pytest.raises(WdlibError, match="no layer 2: its layers are 0 to 1"):
-        weights.projections(folder, layers=[1, 2])
+        stream.projections(folder, layers=[1, 2])
     with pytest.raises(WdlibError, match="no projection type 'query'"):
-        weights.projections(folder, types=["query"])
+        stream.projections(folder, types=["query"])
 
 
 def test_fused_tensors_are_read_by_their_rows(saved, monkeypatch):
     read_rows = []
-    real = weights._read
+    real = read_rows
     monkeypatch.setattr(
-        weights, "_read", lambda t, first, n: read_rows.append((first, n)) or real(t, first, n)
+        formats, "read_rows", lambda t, first, n: read_rows.append((first, n)) or real(t, first, n)
     )
-    list(weights.projections(saved("phi3")[0], layers=[0]))
+    list(stream.projections(saved("phi3")[0], layers=[0]))
     assert read_rows == [(0, 32), (32, 16), (48, 16), (0, 32), (0, 48), (48, 48), (0, 32)]
 
 
@@ -369,9 +374,9 @@ def test_one_matrix_in_memory_at_a_time(tmp_path):
     model = T.LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     largest = 4 * 256 * 512
-    total = sum(4 * e.shape[0] * e.shape[1] for e in weights.inventory(tmp_path))
+    total = sum(4 * e.shape[0] * e.shape[1] for e in inventory(tmp_path))
     tracemalloc.start()
-    for projection in weights.projections(tmp_path):
+    for projection in stream.projections(tmp_path):
         del projection
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -397,7 +402,7 @@ def test_experts_in_one_tensor(saved, tmp_path):
 
 @pytest.mark.parametrize("name", ["qwen2-moe", "glm4-moe"])
 def test_the_shared_expert_counts_as_the_dense_matrix(saved, name):
-    entries = weights.inventory(saved(name)[0])
+    entries = inventory(saved(name)[0])
     assert [e.expert for e in entries if e.layer == 0 and e.type == "up"] == [None]
     assert [e.expert for e in entries if e.layer == 1 and e.type == "up"] == [None, 0, 1, 2]
 
@@ -407,7 +412,7 @@ def test_a_shared_expert_lacks_a_matrix(saved, tmp_path):
     lost = "model.layers.1.mlp.shared_experts.down_proj.weight"
     rewrite(folder, lambda t: {k: v for k, v in t.items() if k != lost})
     with pytest.raises(WdlibError, match="Layer 1 of moe has no down of some expert"):
-        weights.inventory(folder)
+        inventory(folder)
 
 
 # GGUF --------------------------------------------------------------------------------------------
@@ -554,7 +559,7 @@ def test_gate_and_up_joined_where_no_rule_says_so_are_refused(tmp_path):
         tensors[up] = np.concatenate([tensors[up], gate])
     path = write_gguf(tmp_path / "tiny.gguf", "neo-bert", tensors)
     with pytest.raises(WdlibError, match=r"ffn_up\.weight .* 96 rows.* 48 columns: it joins gate"):
-        weights.inventory(path)
+        inventory(path)
 
 
 @pytest.mark.parametrize("form", ["one tensor", "gate and up joined", "a tensor each"])
@@ -619,7 +624,7 @@ def test_every_quantisation_is_dequantised_as_gguf_does(kind, tmp_path):
     wanted |= {"o": whole["blk.0.attn_output.weight"], "down": whole["blk.0.ffn_down.weight"]}
     for key, matrix in wanted.items():
         np.testing.assert_array_equal(found[0, key, None], matrix, err_msg=key)
-    assert {e.dtype for e in weights.inventory(path)} == {kind.name}
+    assert {e.dtype for e in inventory(path)} == {kind.name}
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16"])
@@ -643,18 +648,18 @@ def test_gguf_header_is_the_one_of_gguf_reader(tmp_path):
 
 def test_gguf_header_of_the_default_model():
     """The real file, with its tokenizer of 49,152 entries."""
-    (path,) = models.resolve(models.DEFAULT).files
+    (path,) = files.resolve(catalogue.DEFAULT).files
     same_header(path)
-    entries = weights.inventory(models.DEFAULT)
+    entries = inventory(catalogue.DEFAULT)
     assert len(entries) == 7 * 30
     assert {e.dtype for e in entries} == {"Q4_1"}
     assert {e.shape for e in entries if e.type == "k"} == {(192, 576)}
-    first = next(weights.projections(models.DEFAULT))
+    first = next(stream.projections(catalogue.DEFAULT))
     assert 0.01 < first.matrix.std() < 1
 
 
 def same_header(path: Path) -> None:
-    metadata, table = weights.gguf_header(path)
+    metadata, table = gguf_header(path)
     reader = gguf.GGUFReader(path)
     assert list(table) == [tensor.name for tensor in reader.tensors]
     for tensor in reader.tensors:
@@ -697,12 +702,12 @@ def test_nan_and_infinity_name_the_tensor(llama, bad):
 
     rewrite(llama, spoil)
     with pytest.raises(WdlibError, match=re.escape(f"{DOWN} of model.safetensors holds NaN")):
-        list(weights.projections(llama))
+        list(stream.projections(llama))
 
 
 def test_huge_finite_values_are_no_error(llama):
     rewrite(llama, lambda t: t | {DOWN: np.full_like(t[DOWN], np.finfo(np.float32).max)})
-    assert len(list(weights.projections(llama))) == 14
+    assert len(list(stream.projections(llama))) == 14
 
 
 @pytest.mark.parametrize("keep", [4, 100, -1000])
@@ -710,11 +715,11 @@ def test_truncated_safetensors(llama, keep):
     path = llama / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(WdlibError, match=r"model\.safetensors is truncated"):
-        weights.inventory(llama)
+        inventory(llama)
 
 
 def test_truncated_after_the_header_was_read(llama):
-    stream = weights.projections(llama, types=["down"])
+    stream = stream.projections(llama, types=["down"])
     path = llama / "model.safetensors"
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(WdlibError, match=r"ends inside the tensor model\.layers\.0\.mlp\.down"):
@@ -757,7 +762,7 @@ def edit(name: str, **fields):
 def test_damaged_safetensors_headers(llama, change, message):
     change_header(llama / "model.safetensors", change)
     with pytest.raises(WdlibError, match=message):
-        weights.projections(llama)
+        stream.projections(llama)
 
 
 @pytest.mark.parametrize(
@@ -779,7 +784,7 @@ def test_damaged_safetensors_headers(llama, change, message):
 def test_names_that_do_not_fit(llama, change, message):
     rewrite(llama, change)
     with pytest.raises(WdlibError, match=message):
-        weights.inventory(llama)
+        inventory(llama)
 
 
 PACKED = {
@@ -800,7 +805,7 @@ def test_quantised_weights_of_another_shape_are_called_so(llama, by):
 
     rewrite(llama, pack)
     with pytest.raises(WdlibError, match="holds quantised weights .*: use the unquantised check"):
-        weights.inventory(llama)
+        inventory(llama)
 
 
 def test_an_expert_is_missing(saved, tmp_path):
@@ -808,7 +813,7 @@ def test_an_expert_is_missing(saved, tmp_path):
     lost = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
     rewrite(folder, lambda t: {k: v for k, v in t.items() if k != lost})
     with pytest.raises(WdlibError, match="Layer 1 of moe has no down of some expert"):
-        weights.inventory(folder)
+        inventory(folder)
 
 
 def test_a_shard_lacks_a_layer(saved, tmp_path):
@@ -818,16 +823,16 @@ def test_a_shard_lacks_a_layer(saved, tmp_path):
     kept = {k: v for k, v in table.items() if v != table[DOWN]}
     index.write_text(json.dumps({"weight_map": kept}))
     with pytest.raises(WdlibError, match=r"Layer 1 of .* has no"):
-        weights.inventory(tmp_path)
+        inventory(tmp_path)
 
 
 def test_a_file_without_its_configuration(saved, tmp_path):
     for name in ("llama", "phi3", "gpt2", "gpt-neox"):
         shutil.copy(saved(name)[0] / "model.safetensors", tmp_path / f"{name}.safetensors")
-    assert len(weights.inventory(tmp_path / "llama.safetensors")) == 14
+    assert len(inventory(tmp_path / "llama.safetensors")) == 14
     for name in ("phi3", "gpt2", "gpt-neox"):
         with pytest.raises(WdlibError, match=r"put the model's config\.json beside the file"):
-            weights.inventory(tmp_path / f"{name}.safetensors")
+            inventory(tmp_path / f"{name}.safetensors")
 
 
 def test_a_configuration_that_does_not_fit(saved, tmp_path):
@@ -835,10 +840,10 @@ def test_a_configuration_that_does_not_fit(saved, tmp_path):
     config = folder / "config.json"
     config.write_text(json.dumps({"num_attention_heads": 5, "num_key_value_heads": 3}))
     with pytest.raises(WdlibError, match=r"qkv_proj.* has 64 rows, which does not fit 5"):
-        weights.inventory(folder)
+        inventory(folder)
     config.write_text("no json")
     with pytest.raises(WdlibError, match=r"config\.json is not a model's configuration"):
-        weights.inventory(folder)
+        inventory(folder)
 
 
 def test_stacks_beyond_the_decoder_are_left_out(llama):
@@ -846,14 +851,14 @@ def test_stacks_beyond_the_decoder_are_left_out(llama):
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     rewrite(llama, lambda t: t | {"mtp.layers.0.self_attn.q_proj.weight": t[DOWN]})
-    assert {e.layer for e in weights.inventory(llama)} == {0}
+    assert {e.layer for e in inventory(llama)} == {0}
     (llama / "config.json").write_text(json.dumps({"text_config": {"num_hidden_layers": 1}}))
-    assert {e.layer for e in weights.inventory(llama)} == {0}
+    assert {e.layer for e in inventory(llama)} == {0}
     (llama / "config.json").write_text(json.dumps(config | {"text_config": None}))
-    assert {e.layer for e in weights.inventory(llama)} == {0, 1}
+    assert {e.layer for e in inventory(llama)} == {0, 1}
     tensors, more = llama_tensors(np.random.default_rng(10)), {"nextn_predict_layers": 1}
     path = write_gguf(llama / "tiny.gguf", "glm4moe", tensors, more)
-    assert {e.layer for e in weights.inventory(path)} == {0}
+    assert {e.layer for e in inventory(path)} == {0}
 
 
 @pytest.fixture
@@ -881,7 +886,7 @@ def tiny_gguf(tmp_path):
 def test_damaged_gguf(tiny_gguf, change, message):
     tiny_gguf.write_bytes(change(tiny_gguf.read_bytes()))
     with pytest.raises(WdlibError, match=message):
-        weights.inventory(tiny_gguf)
+        inventory(tiny_gguf)
 
 
 def test_gguf_that_is_one_part_of_several(tmp_path):
@@ -893,7 +898,7 @@ def test_gguf_that_is_one_part_of_several(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(WdlibError, match="one part of a split model"):
-        weights.inventory(tmp_path / "part.gguf")
+        inventory(tmp_path / "part.gguf")
 
 
 def test_gguf_type_that_cannot_be_dequantised(tmp_path):
@@ -901,7 +906,7 @@ def test_gguf_type_that_cannot_be_dequantised(tmp_path):
     tensors["blk.1.ffn_up.weight"] = np.ones((48, 32), np.int32)
     path = write_gguf(tmp_path / "tiny.gguf", "qwen2", tensors)
     with pytest.raises(WdlibError, match=r"blk\.1\.ffn_up\.weight .* is stored as I32"):
-        weights.projections(path)
+        stream.projections(path)
 
 
 # --- values and requantisation ------------------------------------------------------------------
@@ -911,7 +916,7 @@ def test_value_distributions_have_the_moments_of_all_layers_together(tmp_path):
     rng = np.random.default_rng(0)
     layers = [rng.laplace(0.3, 1.0 + layer, (64, 64)).astype(np.float32) for layer in range(3)]
     save_llama(tmp_path / "model.safetensors", layers)
-    found = weights.value_distributions(tmp_path / "model.safetensors", reach=40)
+    found = value_distributions(tmp_path / "model.safetensors", reach=40)
     together = np.concatenate([matrix.ravel() for matrix in layers]).astype(np.float64)
     for v in found.values():
         assert v.n == together.size
@@ -939,18 +944,18 @@ def save_llama(path, layers):
 def test_values_that_are_all_equal_have_no_distribution(value, tmp_path):
     save_llama(tmp_path / "flat.safetensors", [np.full((64, 64), value, np.float32)] * 2)
     with pytest.raises(WdlibError, match="values of type q of flat are all equal"):
-        weights.value_distributions(tmp_path / "flat.safetensors")
+        value_distributions(tmp_path / "flat.safetensors")
 
 
 def test_requantising_is_what_gguf_does_and_keeps_the_rest():
     matrix = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
-    before = weights.Projection(3, "up", "some.weight", matrix)
-    after = weights.requantise(before, "Q4_1")
+    before = stream.Projection(3, "up", "some.weight", matrix)
+    after = stream.requantise(before, "Q4_1")
     kind = Quant.Q4_1
     expected = gguf.quants.dequantize(gguf.quants.quantize(matrix, kind), kind)
     np.testing.assert_array_equal(after.matrix, expected)
     assert (after.layer, after.type, after.name) == (3, "up", "some.weight")
-    again = weights.requantise(after, "Q4_1").matrix
+    again = stream.requantise(after, "Q4_1").matrix
     step = np.ptp(matrix.reshape(-1, 32), axis=1).max() / 15
     assert 0 < np.abs(after.matrix - matrix).max() < 0.52 * step
     assert np.abs(again - after.matrix).max() < 0.01 * step
@@ -958,6 +963,6 @@ def test_requantising_is_what_gguf_does_and_keeps_the_rest():
 
 @pytest.mark.parametrize(("columns", "kind"), [(33, "Q4_1"), (64, "Q4_K"), (64, "nonsense")])
 def test_requantising_refuses_what_cannot_be_stored(columns, kind):
-    p = weights.Projection(0, "q", "some.weight", np.zeros((2, columns), np.float32))
+    p = stream.Projection(0, "q", "some.weight", np.zeros((2, columns), np.float32))
     with pytest.raises(WdlibError, match=f"some.weight.*{kind}"):
-        weights.requantise(p, kind)
+        stream.requantise(p, kind)

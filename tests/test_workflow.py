@@ -13,8 +13,11 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from wdlib import WdlibError, characterize, cli, experiments, models, paths, run, spectra
-from wdlib.models import catalogue
+from wdlib import WdlibError, characterise, cli, notebooks, paths
+from wdlib.checkpoints import files
+from wdlib.checkpoints.catalogue import models
+from wdlib.lora.grid import STATES, cells
+from wdlib.spectra import store
 
 FOLDER = paths.ROOT / "workflow"
 SNAKEFILE = (FOLDER / "Snakefile").read_text()
@@ -58,10 +61,12 @@ def test_the_configuration_names_what_exists():
     assert set(CONFIG) == set(re.findall(r'config\["(\w+)"\]', SNAKEFILE.replace("'", '"')))
     for model in CONFIG["models"]:
         assert set(model) <= {"name", "source", "ranks", "shards", "memory_mb"}
-        assert model["name"] in catalogue()
-        assert spectra.load(model["name"]).rank == max(model["ranks"])
+        assert model["name"] in models()
+        assert store.load(model["name"]).rank == max(model["ranks"])
     for notebook in CONFIG["notebooks"]:
-        assert {"model", "rank"} <= set(run.declared_parameters(run.find_notebook(notebook)))
+        assert {"model", "rank"} <= set(
+            notebooks.declared_parameters(notebooks.find_notebook(notebook))
+        )
     named = re.findall(r"\[(data/\S+yaml)\]", (FOLDER / "config.yaml").read_text())
     assert named
     assert all((paths.ROOT / grid).is_file() for grid in [*CONFIG["grids"], *named])
@@ -82,9 +87,9 @@ def test_the_profiles_name_what_is_in_the_snakefile():
 def test_the_workflow_reads_the_list_of_cells_as_it_is_printed(capsys):
     assert cli.main(["experiments", "--dry-run"]) == 0
     rows = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines()]
-    cells = experiments.cells()
+    cells = cells()
     assert [row[1] for row in rows] == [cell.run.key for cell in cells]
-    assert {row[3] for row in rows} <= set(experiments.STATES)
+    assert {row[3] for row in rows} <= set(STATES)
     needed = [cell.run.characterisation() for cell in cells]
     assert [row[2] for row in rows] == [path.stem if path else "-" for path in needed]
     assert {path.parent for path in needed if path} == {paths.RESULTS / "characterisation"}
@@ -96,17 +101,17 @@ def planted(rank=8, **provenance):
     values = {t: np.sort(rng.pareto(2, (6, 8)) + 1)[:, ::-1][:, :rank] for t in ("q", "k")}
     rows = {t: tuple((layer, None) for layer in range(6)) for t in values}
     error = {t: np.zeros((6, rank)) for t in values}
-    return spectra.Spectra("planted", values, error, rows, {"source": "hub planted", **provenance})
+    return store.Spectra("planted", values, error, rows, {"source": "hub planted", **provenance})
 
 
 def test_a_characterisation_from_the_command_line_is_that_of_the_library(tmp_path, capsys):
     made = planted()
-    spectra.save(made, tmp_path / "planted.safetensors")
+    store.save(made, tmp_path / "planted.safetensors")
     out = tmp_path / "new" / "planted-r4.json"
     given = ["characterise", str(tmp_path / "planted.safetensors"), "--out", str(out)]
     assert cli.main([*given, "--rank", "4"]) == 0
-    found = characterize.load(out)
-    assert found == characterize.characterise(made, rank=4)
+    found = characterise.load(out)
+    assert found == characterise.characterise(made, rank=4)
     assert (found.model, found.rank) == ("planted", 4)
     before = out.read_bytes()
     assert cli.main([*given, "--rank", "9"]) == 1
@@ -138,10 +143,10 @@ def planted_store(tmp_path, monkeypatch):
     """A store with spectra and two characterisations of a planted model, and its spectra's file."""
     monkeypatch.setattr(paths, "SPECTRA", tmp_path / "spectra")
     monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
-    file = spectra.save(planted(), spectra.stored("planted"))
+    file = store.save(planted(), store.stored("planted"))
     for rank in (4, 8):
-        made = characterize.characterise(planted(), rank=rank, replicates=20)
-        characterize.save(made, tmp_path / "results" / "characterisation" / f"planted-r{rank}.json")
+        made = characterise.characterise(planted(), rank=rank, replicates=20)
+        characterise.save(made, tmp_path / "results" / "characterisation" / f"planted-r{rank}.json")
     return file
 
 
@@ -158,15 +163,15 @@ def test_a_characterisation_is_out_of_date_with_its_spectra(planted_store, capsy
     assert states("planted=hf://another") == [False, True, True]
     changed = planted()
     changed.values["k"][5, 6] *= 1.001  # of the values that only the second one uses
-    spectra.save(changed, planted_store)
+    store.save(changed, planted_store)
     assert states() == [True, True, False]
-    spectra.save(planted(rank=4), planted_store)
+    store.save(planted(rank=4), planted_store)
     assert states() == [True, True, False]
-    spectra.save(planted(sha256="other"), planted_store)
+    store.save(planted(sha256="other"), planted_store)
     assert states() == [True, False, False]
-    spectra.save(planted(), planted_store)
+    store.save(planted(), planted_store)
     with monkeypatch.context() as patch:
-        patch.setattr(characterize, "NORMAL_CONFIDENCE", 0.5)
+        patch.setattr(characterise, "NORMAL_CONFIDENCE", 0.5)
         assert states() == [True, False, False]
     planted_store.unlink()
     assert states() == [False, False]
@@ -180,35 +185,35 @@ def test_where_weights_are_from_is_told_as_it_is_when_they_are_read(tmp_path, mo
     file.parent.mkdir()
     save_file({"a": np.zeros((2, 2))}, file)
     for model in (file, file.parent, str(file), "smollm2-135m-instruct"):
-        checkpoint = models.resolve(model)
+        checkpoint = files.resolve(model)
         given = {"source": checkpoint.source, "sha256": checkpoint.sha256}
-        assert models.are_from(given, model)
+        assert files.matches_source(given, model)
         for other in ("gemma-3-270m", "llama-3-8b", "hf://smollm2-135m-instruct", "a/b", tmp_path):
-            assert not models.are_from(given, other)
+            assert not files.matches_source(given, other)
     commit = "0123456789abcdef0123456789abcdef01234567"
     on_hub = {"source": "hub meta-llama/Meta-Llama-3-8B", "revision": commit}
     for model in ("llama-3-8b", "meta-llama/Meta-Llama-3-8B"):
         for same in (model, f"hf://{model}", f"hf://{model}@main", f"hf://{model}@{commit[:8]}"):
-            assert models.are_from(on_hub, same)
-        assert not models.are_from(on_hub, f"hf://{model}@{commit[::-1]}")
-    assert not models.are_from({}, "llama-3-8b")
-    assert models.are_from({}, "no-such-model")
+            assert files.matches_source(on_hub, same)
+        assert not files.matches_source(on_hub, f"hf://{model}@{commit[::-1]}")
+    assert not files.matches_source({}, "llama-3-8b")
+    assert files.matches_source({}, "no-such-model")
 
 
 def test_without_a_checkout_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "CATALOGUE", tmp_path / "models.toml")
-    catalogue.cache_clear()
+    models.cache_clear()
     try:
         with pytest.raises(WdlibError, match=r"models\.toml is not there: .*pip install -e"):
-            models.resolve("hf://organisation/name")
+            files.resolve("hf://organisation/name")
     finally:
-        catalogue.cache_clear()
+        models.cache_clear()
 
 
 def test_a_notebook_that_was_given_parameters_is_the_same_each_time():
     given = [nbformat.v4.new_code_cell(metadata={"tags": ["injected-parameters"]}) for _ in "ab"]
     assert given[0].id != given[1].id
-    one, two = (run.normalise(nbformat.v4.new_notebook(cells=[cell])) for cell in given)
+    one, two = (notebooks.normalise(nbformat.v4.new_notebook(cells=[cell])) for cell in given)
     assert one == two
     nbformat.validate(one)
 

@@ -12,3 +12,8 @@ TYPES = ("q", "k", "v", "o", "gate", "up", "down")
 
 class WdlibError(Exception):
     """An error whose message is one sentence that names the thing and the remedy."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message without its full stop, or the error's type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -24,19 +24,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _figures(options: argparse.Namespace) -> None:
-    from wdlib.run import Progress, figures
+    from wdlib.notebooks import Progress, figures
 
     figures(only=options.only, force=options.force, progress=Progress(sys.stderr))
 
 
 def _refresh(options: argparse.Namespace) -> None:
-    from wdlib.run import Progress, refresh
+    from wdlib.notebooks import Progress, refresh
 
     refresh(only=options.only, progress=Progress(sys.stderr))
 
 
 def _run(options: argparse.Namespace) -> None:
-    from wdlib.run import Progress, find_notebook, parameters_from_text, run_notebook
+    from wdlib.notebooks import Progress, find_notebook, parameters_from_text, run_notebook
 
     notebook = find_notebook(options.notebook)
     output = options.output or paths.CACHE / "executed" / notebook.name
@@ -51,17 +51,18 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _fetch(options: argparse.Namespace) -> None:
-    from wdlib.models import DEFAULT, resolve
+    from wdlib.checkpoints.catalogue import DEFAULT
+    from wdlib.checkpoints.files import resolve
 
     checkpoint = resolve(options.model or DEFAULT)
     print(f"{checkpoint.name}: {', '.join(str(path) for path in checkpoint.files)}")
 
 
 def _models(options: argparse.Namespace) -> None:
-    from wdlib.models import catalogue
+    from wdlib.checkpoints.catalogue import models
 
     rows = [("name", "hub id", "family", "licence", "access")]
-    for name, model in catalogue().items():
+    for name, model in models().items():
         access = "gated" if model.gated else "open"
         rows.append((name, model.hub_id, model.family, model.license, access))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -73,40 +74,43 @@ def _models(options: argparse.Namespace) -> None:
 def _spectra(options: argparse.Namespace) -> None:
     from contextlib import nullcontext
 
-    from wdlib import spectra
+    from wdlib.spectra import jobs, store
 
     chosen = {"types": options.types, "layers": options.layers, "shard": options.shard}
     chosen |= {"device": options.device, "progress": True}
-    spectra.check_file(options.out)
-    with spectra.processes(options.workers) if options.workers > 1 else nullcontext() as executor:
-        spectra.compute_to(options.out, options.model, options.rank, executor=executor, **chosen)
+    store.check_file(options.out)
+    with jobs.processes(options.workers) if options.workers > 1 else nullcontext() as executor:
+        jobs.compute_to(options.out, options.model, options.rank, executor=executor, **chosen)
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from wdlib import spectra
+    from wdlib.spectra import jobs, store
 
-    spectra.save(spectra.merge([spectra.load(path) for path in options.shards]), options.out)
+    store.save(jobs.merge([store.load(path) for path in options.shards]), options.out)
 
 
 def _characterise(options: argparse.Namespace) -> None:
-    from wdlib import characterize, spectra
+    from wdlib import characterise
+    from wdlib.spectra import store
 
-    found = characterize.characterise(spectra.load(options.spectra, rank=options.rank))
-    characterize.save(found, options.out)
+    found = characterise.characterise(store.load(options.spectra, rank=options.rank))
+    characterise.save(found, options.out)
 
 
 def _stored(options: argparse.Namespace) -> None:
-    from wdlib import characterize, models, spectra
+    from wdlib import characterise
+    from wdlib.checkpoints import files
+    from wdlib.spectra import store
 
     sources, held = dict(options.sources), {}
     for path in sorted(paths.SPECTRA.glob("*.safetensors")):
-        held[path.stem] = found = spectra.load(path)
-        current = models.are_from(found.provenance, sources.get(path.stem, path.stem))
+        held[path.stem] = found = store.load(path)
+        current = files.matches_source(found.provenance, sources.get(path.stem, path.stem))
         print(f"spectra  {path.stem}  {found.rank}  {_STATES[current]}")
     for path in sorted((paths.RESULTS / "characterisation").glob("*.json")):
-        found = characterize.load(path)
+        found = characterise.load(path)
         there = held.get(path.stem.removesuffix(f"-r{found.rank}"))
-        current = there is not None and characterize.is_of(found, there)
+        current = there is not None and characterise.matches_spectra(found, there)
         print(f"characterisation  {path.stem}  {found.rank}  {_STATES[current]}")
 
 
@@ -116,19 +120,20 @@ _STATES = ("out of date", "up to date")
 def _fingerprint(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from wdlib import fingerprints
+    from wdlib.fingerprints import record
+    from wdlib.fingerprints.identity import identify, report
 
     size = {"rank": options.rank, "k": options.clusters}
     for model in options.models:
-        fingerprints.check(model, **size)
+        record.check(model, **size)
     for number, model in enumerate(options.models):
-        found = fingerprints.of(model, **size)
+        found = record.of(model, **size)
         if options.family is not None:
             found = replace(found, family=options.family)
-        seen = fingerprints.identify(found, fingerprints.library())
-        print("\n" * (number > 0) + fingerprints.report(found, seen))
-        path = fingerprints.keep(found)
-        kept = fingerprints.load(path)
+        seen = identify(found, record.library())
+        print("\n" * (number > 0) + report(found, seen))
+        path = record.keep(found)
+        kept = record.load(path)
         if kept.to_json() == found.to_json():
             print(f"stored in {path}")
         else:
@@ -137,20 +142,20 @@ def _fingerprint(options: argparse.Namespace) -> None:
 
 
 def _experiments(options: argparse.Namespace) -> None:
-    from wdlib import experiments
-    from wdlib.run import Progress
+    from wdlib.lora.grid import chosen, run_grid, state
+    from wdlib.notebooks import Progress
 
     if options.dry_run:
-        for cell in experiments.chosen(options.grid, only=options.only):
+        for cell in chosen(options.grid, only=options.only):
             needed = cell.run.characterisation()
             name = "-" if needed is None else needed.stem
-            print(f"{cell.tier}  {cell.run.key}  {name}  {experiments.state(cell)}")
+            print(f"{cell.tier}  {cell.run.key}  {name}  {state(cell)}")
         return
     import torch
 
     torch.set_num_threads(options.threads)
     settings = {"only": options.only, "data_folder": options.data_folder}
-    experiments.run(options.grid, **settings, progress=Progress(sys.stderr).line)
+    run_grid(options.grid, **settings, progress=Progress(sys.stderr).line)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -281,7 +286,3 @@ class _Parameter(argparse.Action):
         if len(values) > 2 or len(pair) != 2:
             parser.error(f"-p takes NAME VALUE or NAME=VALUE, not {' '.join(values)!r}")
         namespace.parameters = [*namespace.parameters, tuple(pair)]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

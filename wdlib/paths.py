@@ -1,14 +1,18 @@
-"""Where things are, and how a file gets there whole. Nothing else computes a path.
+"""Where things are, and how a file gets there whole and comes back. Nothing else computes a path.
 
 The project runs from a checkout (`make`, or `pip install -e .`): data, notebooks and figures stand
 beside the package. Two environment variables move what is written: `WDLIB_CACHE` the downloads and
 intermediate results, `WDLIB_FIGURES` the figures.
 """
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
+
+from wdlib import WdlibError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -20,9 +24,11 @@ CACHE = Path(os.environ.get("WDLIB_CACHE", DATA / "cache")).expanduser().absolut
 FIGURES = Path(os.environ.get("WDLIB_FIGURES", ROOT / "figures")).expanduser().absolute()
 STYLE = ROOT / "wdlib" / "wdlib.mplstyle"
 
+_T = TypeVar("_T")
+
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to, renamed to it if the block succeeds, else removed.
 
     Makes the folder. A reader of `path` sees the file that was there before or the new one.
@@ -34,3 +40,24 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file atomically; returns its path."""
+    path = Path(path)
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
+    return path
+
+
+def read_json(path: str | Path, parse: Callable[[Any], _T], *, what: str, remedy: str) -> _T:
+    """What `parse` makes of the content of a JSON file.
+
+    Raises: WdlibError, naming the file, what it should be and the remedy, where the file cannot be
+    read or `parse` cannot use it.
+    """
+    try:
+        return parse(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, WdlibError) as error:
+        reason = error if isinstance(error, OSError | WdlibError) else repr(error)
+        raise WdlibError(f"{path} does not hold {what} ({reason}): {remedy}") from error

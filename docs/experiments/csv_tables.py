@@ -18,7 +18,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write rows, whose keys are the columns, to a table: whole or not at all."""
-    with paths.whole(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+    with paths.atomic_write(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -16,8 +16,11 @@ from pathlib import Path
 import numpy as np
 from scipy.linalg import eigvalsh_tridiagonal
 
-from wdlib import TYPES, WdlibError, __version__, models, paths, spectra
-from wdlib.weights import Projection, inventory, projections
+from wdlib import TYPES, WdlibError, __version__, paths
+from wdlib.checkpoints import files
+from wdlib.checkpoints.catalogue import catalogue_model
+from wdlib.checkpoints.stream import Projection, projections
+from wdlib.spectra import jobs, store
 
 TREND_DEGREE = 3
 """Degree of the polynomial over the layers that `trend_plus_noise` takes for the trend."""
@@ -53,43 +56,40 @@ OF_WEIGHTS: dict[str, Callable[..., Iterator[Projection]]] = {
 
 
 def compute(
-    model: str | Path | models.Checkpoint, name: str, rank: int, *, seed: int = 0
-) -> spectra.Spectra:
+    model: str | Path | files.Checkpoint, name: str, rank: int, *, seed: int = 0
+) -> store.Spectra:
     """Singular values of a null model of weights: `name` of `OF_WEIGHTS`, `rank` per matrix.
 
     Raises: WdlibError as `spectra.compute` does.
     """
-    checkpoint = models.resolve(model) if not isinstance(model, models.Checkpoint) else model
-    spectra.check_rank(checkpoint, rank)
-    entries = inventory(checkpoint)
-    found = spectra.collect(OF_WEIGHTS[name](projections(checkpoint), seed=seed), rank)
+    checkpoint = files.resolve(model)
+    jobs.check_rank(checkpoint, rank)
+    noise = OF_WEIGHTS[name](projections(checkpoint), seed=seed)
+    found = jobs.collect(noise, rank, model=f"{checkpoint.name}-{name}")
     provenance = {
         "source": f"null model {name!r} of {checkpoint.name}, seed {seed}",
-        "sha256 of the model": models.content_hash(checkpoint),
+        "sha256 of the model": files.content_hash(checkpoint),
         "made by": f"wdlib {__version__} nulls.compute({name!r}, rank={rank}, seed={seed})",
         "numpy": np.__version__,
         "created": datetime.now(UTC).date().isoformat(),
     }
-    rows = {t: tuple((e.layer, e.expert) for e in entries if e.type == t) for t in found}
-    return spectra.Spectra(f"{checkpoint.name}-{name}", *spectra.stack(found), rows, provenance)
+    return replace(found, provenance=provenance)
 
 
-def spectra_of(model: str | Path, name: str, rank: int) -> spectra.Spectra:
+def of(model: str | Path, name: str, rank: int) -> store.Spectra:
     """Singular values of a null model of weights, seed 0: as stored, or computed and then cached.
 
     Raises: WdlibError as `compute` does.
     """
     kept = paths.SPECTRA / "nulls" / f"{model}-{name}.safetensors"
-    is_stored = models.known(model) and kept.is_file()
-    if is_stored and rank <= (stored := spectra.load(kept)).rank:
+    is_stored = catalogue_model(model) and kept.is_file()
+    if is_stored and rank <= (stored := store.load(kept)).rank:
         return stored.truncate(rank)
-    checkpoint = models.resolve(model)
-    content = models.content_hash(checkpoint)
-    file = f"{checkpoint.name}-{name}-{content[:16]}-r{rank}.safetensors"
-    cached = paths.CACHE / "spectra" / file
-    if not cached.is_file():
-        spectra.save(compute(replace(checkpoint, sha256=content), name, rank), cached)
-    return spectra.load(cached)
+    checkpoint = files.resolve(model)
+    content = files.content_hash(checkpoint)
+    known = replace(checkpoint, sha256=content)
+    path = store.cache_file(f"{checkpoint.name}-{name}", content, rank)
+    return store.load_or_make(path, lambda p: store.save(compute(known, name, rank), p))
 
 
 def gaussian_values(shape: tuple[int, int], rank: int, rng: np.random.Generator) -> np.ndarray:

@@ -14,47 +14,42 @@ ordinary adapter for the untouched base.
 import copy
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wdlib import TYPES, WdlibError, generator, paths, weights
-from wdlib.characterize import Characterisation, Group
-from wdlib.spectra import Spectra
+from wdlib import TYPES, WdlibError, generator
+from wdlib.characterise import Characterisation, Group
+from wdlib.checkpoints.architectures import tensor_role
+from wdlib.lora.adapters import (
+    ADAPTER,
+    EDIT_BASE,
+    START,
+    LoraSettings,
+    Site,
+    check_choice,
+    lora_layers,
+    model_type,
+    place_key,
+    plain_config,
+    projection_site,
+    target_sites,
+)
+from wdlib.lora.runs import ADAPTER_INITIALISATIONS, PEFT_INITIALISATIONS, RESHAPED
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
 
-VARIANTS = ("literal", "preserved", "a_only")
+
+MODES = ("literal", "preserved", "a_only")
 """literal: A and B are set, as in the paper. preserved: the same, and the frozen negative start
 keeps the function at step 0. a_only: A is set, B is 0."""
 
 SHARINGS = ("groups", "one", "none")
 """Who shares a template: the types of a group, all types, or no two matrices."""
-
-PEFT_INITIALISATIONS = ("default", "gaussian", "orthogonal", "pissa", "olora", "eva")
-
-_RESHAPED = {
-    "literal": ("literal", "groups"),
-    "preserved": ("preserved", "groups"),
-    "a_only": ("a_only", "groups"),
-    "one_template": ("literal", "one"),
-    "independent": ("literal", "none"),
-}
-"""Name of a reshaped initialisation -> its variant and sharing."""
-
-INITIALISATIONS = (*PEFT_INITIALISATIONS, *_RESHAPED)
-
-EDIT_BASE = ("pissa", "olora")
-"""Initialisations of peft that subtract the first B A from the base weights."""
 
 LONE_COUNTS = generator.GaussianCounts(mean=0.1, deviation=0.02)
 """Counts of a group whose distances are no power law: a lone type without a power-law pair. The
@@ -65,32 +60,9 @@ EVA_RHO = 1.0
 """EVA keeps the rank of every matrix, where peft's default of 2 moves rank between them: all
 initialisations then train equally many parameters."""
 
-ADAPTER = "default"
-START = "start"
-
-IGNORED = -100
-"""The label of a token that has no part in the loss; transformers' number."""
-
-_FLOATS = ("torch.float32", "torch.float16", "torch.bfloat16")
-
 
 class NothingToTransfer(UserWarning):
     """The reference has one group that holds all types."""
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Shape of the adapter (docs/method.md, section 8): rank, alpha and dropout as peft has them.
-
-    targets: last parts of the names of the modules to adapt.
-    """
-
-    rank: int = 16
-    alpha: float = 16
-    dropout: float = 0.0
-    targets: tuple[str, ...] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,33 +95,6 @@ class Report:
     reference: str | None
     seed: int
     projections: tuple[Initialised, ...]
-
-
-@dataclass(frozen=True)
-class Step0:
-    """What an adapter does to a model before training, on one batch.
-
-    base_loss, loss: mean loss per token in nats without and with the adapter; shift: loss -
-    base_loss. logit_change: largest change of a logit relative to the largest logit, padding (with
-    the label IGNORED) left out. norms: of `relative_norms`.
-    """
-
-    base_loss: float
-    loss: float
-    shift: float
-    logit_change: float
-    norms: dict[str, float]
-
-
-@dataclass(frozen=True)
-class _Site:
-    """A linear layer that is or will be adapted: module is the base layer."""
-
-    name: str
-    layer: int
-    type: str
-    expert: int | None
-    module: "torch.nn.Module"
 
 
 @dataclass(frozen=True)
@@ -191,15 +136,15 @@ def attach(
     from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 
     settings = settings or LoraSettings()
-    _check_choice("initialisation", init, INITIALISATIONS)
+    check_choice("initialisation", init, ADAPTER_INITIALISATIONS)
     if isinstance(model, PeftModel) or any(hasattr(m, "base_layer") for m in model.modules()):
         raise WdlibError("the model already has an adapter: attach to the plain base model")
-    sites = _targets(model, settings)
+    sites = target_sites(model, settings)
     plan = None
-    if init in _RESHAPED:
+    if init in RESHAPED:
         if characterisation is None:
             raise WdlibError(f"the initialisation {init!r} needs the characterisation of a model")
-        plan = _Plan(characterisation, settings.rank, *_RESHAPED[init], b_scale, seed)
+        plan = _Plan(characterisation, settings.rank, *RESHAPED[init], b_scale, seed)
         _check_plan(plan, sites)
     if init == "eva" and batches is None:
         raise WdlibError("the initialisation 'eva' reads activations: give it batches of inputs")
@@ -268,9 +213,11 @@ def reshape_(
             f"a {type(peft_model).__name__} is no PeftModel: make one with peft's get_peft_model, "
             "or use wdlib.lora.attach"
         )
-    config = _plain_config(peft_model)
-    layers = _layers(peft_model)
-    sites = [_site(name, layer.base_layer, _architecture(peft_model)) for name, layer in layers]
+    config = plain_config(peft_model)
+    layers = lora_layers(peft_model)
+    sites = [
+        projection_site(name, layer.base_layer, model_type(peft_model)) for name, layer in layers
+    ]
     plan = _Plan(characterisation, config.r, variant, sharing, b_scale, seed)
     _check_plan(plan, sites)
     for name, layer in layers:
@@ -282,229 +229,10 @@ def reshape_(
     return _fill(peft_model, plan, variant)
 
 
-def export(peft_model: "PeftModel", folder: str | Path) -> Path:
-    """Write an ordinary LoRA adapter that stock peft loads onto the untouched base model.
-
-    With a frozen start, the adapter has twice the rank: [A; A0] and scaling [B, -B0], scaling 1.
-    The live model is not changed.
-
-    Arguments: peft_model, as `attach` or `reshape_` left it, trained or not; folder, made if
-    missing, for adapter_model.safetensors and adapter_config.json.
-    Returns: folder.
-    Raises: WdlibError for what is no PeftModel with a plain LoRA adapter named "default".
-    """
-    import torch
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    if not isinstance(peft_model, PeftModel):
-        raise WdlibError(f"a {type(peft_model).__name__} is no PeftModel: nothing to export")
-    config = copy.deepcopy(_plain_config(peft_model))
-    state = _state(get_peft_model_state_dict, peft_model, ADAPTER)
-    if START in peft_model.peft_config:
-        start = _state(get_peft_model_state_dict, peft_model, START)
-        scaling = config.lora_alpha / config.r
-        for key in start:
-            a = ".lora_A." in key
-            joined = torch.cat([state[key], start[key]], dim=0 if a else 1)
-            state[key] = joined if a else joined * scaling
-        config.r *= 2
-        config.lora_alpha = config.r
-    config.init_lora_weights, config.inference_mode = True, True
-    config.base_model_name_or_path = _base_name(peft_model)
-    folder = Path(folder)
-    with TemporaryDirectory() as scratch:
-        config.save_pretrained(scratch)
-        text = (Path(scratch) / "adapter_config.json").read_text(encoding="utf-8")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    with paths.whole(folder / "adapter_model.safetensors") as part:
-        save_file(tensors, part, metadata={"format": "pt"})
-    with paths.whole(folder / "adapter_config.json") as part:
-        part.write_text(text, encoding="utf-8")
-    return folder
-
-
-def step0(peft_model: "PeftModel", batch: "Mapping[str, torch.Tensor]") -> Step0:
-    """What the adapter, as it is now, changes on one batch; dropout off, the model left as it was.
-
-    Arguments: batch, of integer tensors (sequences, tokens): input_ids, and attention_mask and
-    labels if wanted; labels are the input_ids by default.
-    Raises: WdlibError for a model that is no causal language model.
-    """
-    import torch
-
-    if not peft_model.get_base_model().can_generate():
-        raise WdlibError(
-            f"a {type(peft_model.get_base_model()).__name__} has no loss of its own: step0 needs a "
-            "causal language model"
-        )
-    batch = {"labels": batch["input_ids"], **batch}
-    training = peft_model.training
-    peft_model.eval()
-    try:
-        with torch.no_grad():
-            with peft_model.disable_adapter():
-                base = peft_model(**batch)
-            adapted = peft_model(**batch)
-    finally:
-        peft_model.train(training)
-    counted = batch["labels"] != IGNORED
-    change = (adapted.logits.float() - base.logits.float())[counted].abs().max()
-    return Step0(
-        base_loss=float(base.loss),
-        loss=float(adapted.loss),
-        shift=float(adapted.loss) - float(base.loss),
-        logit_change=float(change / base.logits.float()[counted].abs().max()),
-        norms=relative_norms(peft_model),
-    )
-
-
-def relative_norms(peft_model: "PeftModel") -> dict[str, float]:
-    """||scaling B A|| / ||W|| (Frobenius) of the adapter "default", by projection."""
-    return {name: _relative_norm(layer) for name, layer in _layers(peft_model)}
-
-
-def _relative_norm(layer: "LoraLayer") -> float:
-    """From r x r products: ||B A||^2 = <B^T B, A A^T>."""
-    a = layer.lora_A[ADAPTER].weight.detach().cpu().double()
-    b = layer.lora_B[ADAPTER].weight.detach().cpu().double()
-    square = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
-    size = layer.get_base_layer().weight.detach().cpu().double().norm()
-    return float(layer.scaling[ADAPTER] * square.sqrt() / size)
-
-
-def initial_spectra(peft_model: "PeftModel") -> dict[str, Spectra]:
-    """Singular values of the matrices of the adapter "default" as they are now, all `rank` of them.
-
-    Returns: "A" and "B", the latter only if no B is 0; rows by layer (and expert), ascending.
-    """
-    architecture = _architecture(peft_model)
-    layers = [
-        (_site(name, layer.get_base_layer(), architecture), layer)
-        for name, layer in _layers(peft_model)
-    ]
-    layers.sort(key=lambda pair: _place(pair[0])[1:])
-    found = {}
-    for key in ("A", "B"):
-        values, rows = defaultdict(list), defaultdict(list)
-        for site, layer in layers:
-            matrix = getattr(layer, f"lora_{key}")[ADAPTER].weight.detach().float().cpu().numpy()
-            values[site.type].append(generator.spectra_of(matrix[None])[0])
-            rows[site.type].append((site.layer, site.expert))
-        if all(v.any() for kind in values.values() for v in kind):
-            stacked = {t: np.array(values[t]) for t in TYPES if t in values}
-            error = {t: 1e-8 * v[:, :1] + np.zeros_like(v) for t, v in stacked.items()}
-            found[key] = Spectra(key, stacked, error, {t: tuple(rows[t]) for t in stacked})
-    return found
-
-
-# Where and what ----------------------------------------------------------------------------------
-
-
-def _targets(model: "torch.nn.Module", settings: LoraSettings) -> list[_Site]:
-    """The linear layers that peft will adapt, in the model's order."""
-    if settings.rank < 1 or not settings.targets:
-        raise WdlibError(f"nothing to adapt with rank {settings.rank}, targets {settings.targets}")
-    ends = {name.rpartition(".")[2] for name, module in model.named_modules() if name}
-    sites, found = [], set()
-    for name, module in model.named_modules():
-        hit = {t for t in settings.targets if name == t or name.endswith(f".{t}")}
-        if hit:
-            found |= hit
-            sites.append(_site(name, module, model.config.model_type))
-    for target in settings.targets:
-        if target not in found:
-            raise WdlibError(
-                f"the model has no module {target!r}{_hint(target, ends)}: give the ends of the "
-                "names of its linear layers as targets"
-            )
-    for site in sites:
-        smallest = min(site.module.weight.shape)
-        if settings.rank > smallest:
-            raise WdlibError(
-                f"rank {settings.rank} exceeds the smaller dimension of {site.name}: {smallest} "
-                "is the largest possible"
-            )
-    return sites
-
-
-def _site(name: str, module: "torch.nn.Module", architecture: str | None) -> _Site:
-    """A linear layer as a projection, or a WdlibError that says why it is none."""
-    known = weights.named(f"{name}.weight", architecture)
-    if known is None:
-        raise WdlibError(
-            f"{name} is not known as a projection: leave it out of the targets, or add a row for "
-            "its architecture to RULES in wdlib/weights.py"
-        )
-    layer, types, expert = known
-    if len(types) > 1:
-        raise WdlibError(
-            f"{name} joins {', '.join(types)} in one matrix, which has no single type: leave it out"
-        )
-    weight = getattr(module, "weight", None)
-    if weight is None or str(weight.dtype) not in _FLOATS or weight.ndim != 2:
-        stored = "no weight" if weight is None else f"weights of {weight.dtype}"
-        raise WdlibError(
-            f"{name} holds {stored} and is quantised, or no linear layer: load the model "
-            "unquantised in float32, float16 or bfloat16"
-        )
-    return _Site(name, layer, types[0], expert, module)
-
-
-def _layers(peft_model: "PeftModel") -> "list[tuple[str, LoraLayer]]":
-    """Name in the base model and LoRA layer of all that the adapter "default" adapts."""
-    from peft.tuners.lora import LoraLayer
-
-    return [
-        (name.removeprefix("base_model.model."), module)
-        for name, module in peft_model.named_modules()
-        if isinstance(module, LoraLayer) and ADAPTER in module.r
-    ]
-
-
-def _architecture(peft_model: "PeftModel") -> str | None:
-    return getattr(getattr(peft_model.get_base_model(), "config", None), "model_type", None)
-
-
-def _plain_config(peft_model: "PeftModel"):
-    """The configuration of the adapter "default", if it is an ordinary LoRA adapter."""
-    config = peft_model.peft_config.get(ADAPTER)
-    if getattr(config, "peft_type", None) != "LORA":
-        raise WdlibError("the model has no LoRA adapter of peft's default name, 'default': add one")
-    special = [
-        key
-        for key in ("use_dora", "use_rslora", "lora_bias", "alpha_pattern", "rank_pattern")
-        if getattr(config, key)
-    ]
-    if config.bias != "none":
-        special.append("bias")
-    if special:
-        raise WdlibError(f"the adapter uses {', '.join(special)}: a plain LoRA adapter is needed")
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.lower().startswith((*EDIT_BASE, "corda", "loftq")):
-        raise WdlibError(
-            f"peft's initialisation {init!r} has edited the base weights: start from a newly "
-            "loaded model, with wdlib.lora.attach"
-        )
-    return config
-
-
-def _check_choice(what: str, given: str, known: tuple[str, ...]) -> None:
-    if given not in known:
-        raise WdlibError(
-            f"there is no {what} {given!r}{_hint(given, known)}: choose one of {', '.join(known)}"
-        )
-
-
-def _hint(given: str, known: Iterable[str]) -> str:
-    close = get_close_matches(str(given), sorted(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _check_plan(plan: _Plan, sites: list[_Site]) -> None:
+def _check_plan(plan: _Plan, sites: list[Site]) -> None:
     """Refuse what does not fit; warn where the reference has nothing to say."""
-    _check_choice("variant", plan.variant, VARIANTS)
-    _check_choice("sharing", plan.sharing, SHARINGS)
+    check_choice("variant", plan.variant, MODES)
+    check_choice("sharing", plan.sharing, SHARINGS)
     reference = plan.characterisation
     if not isinstance(reference, Characterisation):
         raise WdlibError(
@@ -545,9 +273,6 @@ def _group(characterisation: Characterisation, type: str) -> Group | None:
     return None
 
 
-# Drawing and setting -----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Draw:
     """A and B of one projection, float32, and the numbers of entries that were drawn again."""
@@ -563,8 +288,10 @@ def _fill(peft_model: "PeftModel", plan: _Plan, init: str) -> Report:
     """Draw everything, then set it: a failure while drawing leaves the model as it was."""
     import torch
 
-    layers = _layers(peft_model)
-    sites = [_site(name, layer.base_layer, _architecture(peft_model)) for name, layer in layers]
+    layers = lora_layers(peft_model)
+    sites = [
+        projection_site(name, layer.base_layer, model_type(peft_model)) for name, layer in layers
+    ]
     sizes = [(layer.in_features, layer.out_features) for _, layer in layers]
     draws = dict(zip((s.name for s in sites), _draws(plan, sites, sizes), strict=True))
     if START in peft_model.peft_config:
@@ -578,7 +305,7 @@ def _fill(peft_model: "PeftModel", plan: _Plan, init: str) -> Report:
     return _report(peft_model, init, plan, plan.seed, draws)
 
 
-def _draws(plan: _Plan, sites: list[_Site], sizes: list[tuple[int, int]]) -> Iterator[_Draw]:
+def _draws(plan: _Plan, sites: list[Site], sizes: list[tuple[int, int]]) -> Iterator[_Draw]:
     """A and B of every site; sizes are its (d_in, d_out)."""
     longest_a, longest_b = (plan.rank * max(column) for column in zip(*sizes, strict=True))
     for site, (d_in, d_out) in zip(sites, sizes, strict=True):
@@ -590,19 +317,14 @@ def _draws(plan: _Plan, sites: list[_Site], sizes: list[tuple[int, int]]) -> Ite
         yield _Draw(group, a * np.float32(sigma), b * np.float32(scale * sigma), count_a, count_b)
 
 
-def _place(site: _Site) -> tuple[int, int, int]:
-    """Type, layer and expert as numbers: what sets the draws of a projection apart."""
-    return TYPES.index(site.type), site.layer, 0 if site.expert is None else site.expert + 1
-
-
 def _matrix(
-    plan: _Plan, site: _Site, group: Group, which: int, shape: tuple[int, int], longest: int
+    plan: _Plan, site: Site, group: Group, which: int, shape: tuple[int, int], longest: int
 ) -> tuple[np.ndarray, int]:
     """One matrix of unit standard deviation around its template, and its count of new entries.
 
     which: 0 for A, 1 for B. Every random stream has its own key, of one length.
     """
-    own = _place(site)
+    own = place_key(site)
     shared = {
         "groups": (TYPES.index(group.referenced), 0, 0),
         "one": (len(TYPES), 0, 0),
@@ -614,7 +336,7 @@ def _matrix(
     template = generator.template(
         longest, sigma=1.0, rng=np.random.default_rng([plan.seed, 2 + which, *shared])
     )
-    return generator.replace(template, shape, count, sigma=1.0, rng=rng)[0], int(count[0])
+    return generator.redraw_entries(template, shape, count, sigma=1.0, rng=rng)[0], int(count[0])
 
 
 def law(characterisation: Characterisation, group: Group) -> tuple[float, float] | None:
@@ -645,7 +367,7 @@ def _hold_start(peft_model: "PeftModel") -> None:
     config.init_lora_weights, config.lora_dropout, config.modules_to_save = True, 0.0, None
     with torch.random.fork_rng():
         peft_model.add_adapter(START, config)
-    for _, layer in _layers(peft_model):
+    for _, layer in lora_layers(peft_model):
         for factors, sign in ((layer.lora_A, 1), (layer.lora_B, -1)):
             factors[START].weight.data = sign * factors[ADAPTER].weight.detach().clone()
         # peft makes every active adapter trainable, also after `disable_adapter`; but not these.
@@ -669,8 +391,8 @@ def _report(
     peft_model: "PeftModel", init: str, plan: _Plan | None, seed: int, draws: dict[str, _Draw]
 ) -> Report:
     rows = []
-    for name, layer in _layers(peft_model):
-        known, draw = weights.named(f"{name}.weight", _architecture(peft_model)), draws.get(name)
+    for name, layer in lora_layers(peft_model):
+        known, draw = tensor_role(f"{name}.weight", model_type(peft_model)), draws.get(name)
         kind = known[1][0]
         sigma_a, sigma_b = (
             float(factors[ADAPTER].weight.detach().cpu().double().std(correction=0))
@@ -684,11 +406,3 @@ def _report(
         shape = (layer.out_features, layer.in_features)
         rows.append(Initialised(name, known[0], kind, shape, *chosen, sigma_a, sigma_b))
     return Report(init, plan.characterisation.model if plan else None, seed, tuple(rows))
-
-
-def _state(get_state_dict, peft_model: "PeftModel", adapter: str) -> "dict[str, torch.Tensor]":
-    return get_state_dict(peft_model, adapter_name=adapter, save_embedding_layers=False)
-
-
-def _base_name(peft_model: "PeftModel") -> str | None:
-    return getattr(peft_model.get_base_model().config, "_name_or_path", None) or None

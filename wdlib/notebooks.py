@@ -327,8 +327,9 @@ def _draw(notebook: Path, output: Path, progress: Progress, label: str) -> None:
     start = time.monotonic()
     run_notebook(notebook, output=output, on_cell=cell_starts)
     drawn = _figures(notebook)
-    with paths.whole(_record(notebook)) as part:
-        part.write_text(json.dumps({"sources": sources, "figures": drawn}, indent=1))
+    paths.write_text(
+        _record(notebook), json.dumps({"sources": sources, "figures": drawn}, indent=1)
+    )
     seconds = time.monotonic() - start
     progress.line(f"{notebook.stem}: run in {seconds:.0f} s, {len(drawn)} figure files")
 
@@ -357,12 +358,13 @@ def _figures(notebook: Path) -> dict[str, str]:
 def _sources(notebook: Path) -> str:
     """Digest of all that a notebook's figures are drawn from; its stored outputs are not."""
     package = Path(__file__).parent
-    files = [*package.glob("*.py"), *package.glob("*.mplstyle")]
-    files += [*paths.SPECTRA.rglob("*"), *paths.RESULTS.rglob("*")]
-    files += [*(paths.DATA / "experiments").glob("*.yaml")]
-    files += [path for path in (paths.CATALOGUE, paths.ROOT / "requirements.lock") if path.exists()]
+    files = {path: path.relative_to(package) for path in package.rglob("*.py")}
+    files |= {path: path.relative_to(package) for path in package.rglob("*.mplstyle")}
+    for folder in (paths.SPECTRA, paths.RESULTS, paths.DATA / "experiments"):
+        files |= {path: path.relative_to(folder.parent) for path in folder.rglob("*.*")}
+    files |= {path: Path(path.name) for path in (paths.CATALOGUE, paths.ROOT / "requirements.lock")}
+    parts = sorted((str(n), _digest(p.read_bytes())) for p, n in files.items() if p.is_file())
     cells = [(cell.cell_type, cell.source) for cell in _read(notebook).cells]
-    parts = [(path.name, _digest(path.read_bytes())) for path in sorted(files) if path.is_file()]
     return _digest(json.dumps([cells, parts]).encode())
 
 
@@ -384,5 +386,4 @@ def _read(notebook: str | Path):
 def _write_notebook(notebook, path: Path) -> None:
     import nbformat
 
-    with paths.whole(path) as part:
-        part.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+    paths.write_text(path, nbformat.writes(notebook) + "\n")

@@ -1,0 +1,7 @@
+"""`python -m wdlib` is the `wdlib` command."""
+
+import sys
+
+from wdlib.cli import main
+
+sys.exit(main())

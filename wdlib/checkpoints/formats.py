@@ -1,0 +1,81 @@
+"""Bytes as they are stored -> float32."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from wdlib import WdlibError
+from wdlib.checkpoints.hub import RemoteFile
+
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+
+EXACT = (*_FLOATS, "BF16")
+"""Data types whose values have a fixed number of bytes."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies: `size` bytes at `offset` of `file`, row-major, last axis fastest."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path | RemoteFile
+    offset: int
+    size: int
+
+
+def read_rows(tensor: Tensor, first: int, count: int) -> np.ndarray:
+    """The bytes (rows, bytes per row) of `count` rows from row `first`, all axes but the last."""
+    row = tensor.size // math.prod(tensor.shape[:-1])
+    raw = np.empty((count, row), np.uint8)
+    buffer, offset = memoryview(raw).cast("B"), tensor.offset + first * row
+    if isinstance(tensor.file, RemoteFile):
+        tensor.file.read_into(offset, buffer)
+        return raw
+    with tensor.file.open("rb", buffering=0) as file:
+        file.seek(offset)
+        done = 0
+        while done < len(buffer):
+            got = file.readinto(buffer[done:])
+            if not got:
+                raise WdlibError(
+                    f"{tensor.file} ends inside the tensor {tensor.name}: download it again."
+                )
+            done += got
+    return raw
+
+
+def decode(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes (rows, bytes per row) -> float32 (rows, columns)."""
+    if dtype == "BF16":
+        wide = raw.view("<u2").astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    if dtype in _FLOATS:
+        with np.errstate(over="ignore"):
+            return raw.view(_FLOATS[dtype]).astype(np.float32, copy=False)
+    from gguf import GGMLQuantizationType, quants
+
+    return quants.dequantize(raw, GGMLQuantizationType[dtype])
+
+
+def check_readable(tensor: Tensor) -> None:
+    if tensor.dtype in EXACT:
+        return
+    remedy = "use the unquantised checkpoint or a GGUF file of the model"
+    if tensor.file.suffix == ".gguf":
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        kind = GGMLQuantizationType[tensor.dtype]
+        try:
+            decode(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), tensor.dtype)
+            return
+        except NotImplementedError:
+            remedy = "use a file of the model with another quantisation"
+    raise WdlibError(
+        f"The tensor {tensor.name} of {tensor.file.name} is stored as {tensor.dtype}, which cannot "
+        f"be turned into float32 here: {remedy}."
+    )

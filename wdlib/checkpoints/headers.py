@@ -1,0 +1,227 @@
+"""Headers of safetensors and GGUF files -> where each tensor lies, and the model's geometry."""
+
+import dataclasses
+import json
+import math
+import mmap
+import re
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wdlib import WdlibError
+from wdlib.checkpoints.files import Checkpoint
+from wdlib.checkpoints.formats import EXACT, Tensor
+from wdlib.checkpoints.hub import RemoteFile
+
+HEADERS_AT_ONCE = 8
+"""Headers of so many files are read at the same time: on the hub, each waits for two answers."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the names and shapes of the tensors do not say; None where the checkpoint does not."""
+
+    architecture: str | None = None
+    layers: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+
+
+def read_headers(checkpoint: Checkpoint) -> tuple[Geometry, dict[str, Tensor]]:
+    """Geometry and table of tensors of all files of a checkpoint."""
+    first = checkpoint.files[0]
+    if first.suffix == ".gguf":
+        metadata, tensors = gguf_header(first)
+        return _geometry_of_gguf(metadata), tensors
+    config = checkpoint.config
+    if isinstance(first, Path) and (first.parent / "config.json").is_file():
+        config = first.parent / "config.json"
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        tables = list(pool.map(safetensors_header, checkpoint.files))
+    return _geometry_of_config(config), {k: t for table in tables for k, t in table.items()}
+
+
+def _geometry_of_config(file: Path | RemoteFile | None) -> Geometry:
+    if file is None:
+        return Geometry()
+    content = file.read(0, file.size) if isinstance(file, RemoteFile) else file.read_bytes()
+    try:
+        config = json.loads(content)
+        config = config.get("text_config") or config
+    except (ValueError, AttributeError) as error:
+        raise WdlibError(f"{file} is not a model's configuration ({error}).") from error
+
+    def first(*keys: str) -> Any:
+        return next((config[key] for key in keys if config.get(key) is not None), None)
+
+    heads = first("num_attention_heads", "n_head", "n_heads")
+    return Geometry(
+        architecture=first("model_type"),
+        layers=first("num_hidden_layers", "n_layer", "n_layers"),
+        heads=heads,
+        kv_heads=first("num_key_value_heads") or heads,
+    )
+
+
+def _geometry_of_gguf(metadata: dict[str, Any]) -> Geometry:
+    architecture = metadata.get("general.architecture")
+
+    def field(key: str) -> Any:
+        return metadata.get(f"{architecture}.{key}")
+
+    layers, heads = field("block_count"), field("attention.head_count")
+    if layers is not None:
+        # The last blocks of some models predict further tokens and are no part of the decoder.
+        layers -= field("nextn_predict_layers") or 0
+    return Geometry(
+        architecture, layers, heads, metadata.get(f"{architecture}.attention.head_count_kv", heads)
+    )
+
+
+def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
+    """Table of the tensors of a safetensors file, by name."""
+    size = path.size if isinstance(path, RemoteFile) else path.stat().st_size
+    start = _beginning(path, 0, min(8, size))
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        raise WdlibError(f"{path} is truncated or no safetensors file: download it again.")
+    text = _beginning(path, 8, length)
+    table = {}
+    try:
+        for name, item in json.loads(text).items():
+            if name == "__metadata__":
+                continue
+            begin, end = item["data_offsets"]
+            shape = tuple(int(n) for n in item["shape"])
+            if min(begin, end - begin, *shape, 0) < 0:
+                raise ValueError(f"a negative number for {name}")
+            table[name] = Tensor(name, shape, item["dtype"], path, 8 + length + begin, end - begin)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WdlibError(
+            f"The header of {path} is corrupt ({error!r}): download it again."
+        ) from error
+    for tensor in table.values():
+        bits = re.search(r"\d+", tensor.dtype)
+        wanted = math.prod(tensor.shape) * int(bits[0]) // 8 if tensor.dtype in EXACT else None
+        _check_extent(tensor, size, wanted)
+    return table
+
+
+def _beginning(path: Path | RemoteFile, offset: int, size: int) -> bytes:
+    if isinstance(path, RemoteFile):
+        return bytes(path.read(offset, size))
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _check_extent(tensor: Tensor, file_size: int, wanted: int | None) -> None:
+    if wanted not in (None, tensor.size):
+        raise WdlibError(
+            f"The header of {tensor.file} is corrupt: the tensor {tensor.name} of shape "
+            f"{tensor.shape} has {tensor.size} bytes; download the file again."
+        )
+    if tensor.offset + tensor.size > file_size:
+        raise WdlibError(
+            f"{tensor.file} is truncated: the tensor {tensor.name} ends at byte "
+            f"{tensor.offset + tensor.size} of {file_size}; download the file again."
+        )
+
+
+def gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Scalar metadata and table of the tensors of a GGUF file; arrays (the tokenizer) are skipped.
+
+    Shapes are in row-major order, the reverse of the file's.
+    """
+    size = path.stat().st_size
+    if size < 24:
+        raise WdlibError(f"{path} is truncated or no GGUF file: download it again.")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+        if buffer[:4] != b"GGUF":
+            raise WdlibError(f"{path} is no GGUF file: it does not begin with GGUF.")
+        cursor = _Cursor(buffer, 4)
+        version = cursor.scalar("I")
+        if version not in (2, 3):
+            raise WdlibError(
+                f"{path} has version {version} of the GGUF format, and only the little-endian "
+                "versions 2 and 3 are read: convert the model again with llama.cpp."
+            )
+        try:
+            tensors, fields = cursor.scalar("Q"), cursor.scalar("Q")
+            metadata = {cursor.text(): cursor.value(cursor.scalar("I")) for _ in range(fields)}
+            table = [_gguf_tensor(cursor, path) for _ in range(tensors)]
+        except (struct.error, ValueError, KeyError, OverflowError, RecursionError) as error:
+            raise WdlibError(
+                f"The header of {path} is truncated or corrupt ({error}): download it again."
+            ) from error
+    if metadata.get("split.count", 1) > 1:
+        raise WdlibError(
+            f"{path} is one part of a split model: join the parts with `llama-gguf-split --merge`."
+        )
+    alignment = metadata.get("general.alignment") or 32
+    data = -(-cursor.position // alignment) * alignment
+    placed = {t.name: dataclasses.replace(t, offset=data + t.offset) for t in table}
+    for tensor in placed.values():
+        _check_extent(tensor, size, None)
+    return metadata, placed
+
+
+def _gguf_tensor(cursor: "_Cursor", path: Path) -> Tensor:
+    """One row of a GGUF file's table of tensors; its offset still counts from the data's start."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    name = cursor.text()
+    shape = tuple(cursor.scalar("Q") for _ in range(cursor.scalar("I")))[::-1]
+    kind = GGMLQuantizationType(cursor.scalar("I"))
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    if shape and shape[-1] % block:
+        raise ValueError(f"the rows of {name} are no multiple of {block}")
+    size = math.prod(shape) // block * block_bytes
+    return Tensor(name, shape, kind.name, path, cursor.scalar("Q"), size)
+
+
+_GGUF_TYPES = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+_U64 = struct.Struct("<Q")
+
+
+class _Cursor:
+    """Walks through the header of a GGUF file."""
+
+    def __init__(self, buffer: mmap.mmap, position: int) -> None:
+        self.buffer, self.position = buffer, position
+
+    def scalar(self, code: str) -> Any:
+        (value,) = struct.unpack_from(f"<{code}", self.buffer, self.position)
+        self.position += struct.calcsize(f"<{code}")
+        return value
+
+    def text(self) -> str:
+        length = self.scalar("Q")
+        if length > len(self.buffer) - self.position:
+            raise ValueError(f"a text of {length} bytes at byte {self.position}")
+        self.position += length
+        return self.buffer[self.position - length : self.position].decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        """A number, a truth value or a text; None for an array, which is passed over."""
+        if kind == _GGUF_STRING:
+            return self.text()
+        if kind != _GGUF_ARRAY:
+            return self.scalar(_GGUF_TYPES[kind])
+        kind, count = self.scalar("I"), self.scalar("Q")
+        if kind == _GGUF_STRING:
+            # Vocabularies have up to 262k entries: this loop is most of the time of a header.
+            buffer, position, length = self.buffer, self.position, _U64.unpack_from
+            for _ in range(count):
+                position += 8 + length(buffer, position)[0]
+            self.position = position
+        elif kind == _GGUF_ARRAY:
+            for _ in range(count):
+                self.value(kind)
+        else:
+            self.position += count * struct.calcsize(f"<{_GGUF_TYPES[kind]}")
+        return None

@@ -1,0 +1,267 @@
+"""Which piece of which tensor every matrix of a checkpoint is, from the headers alone."""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+from wdlib import TYPES, WdlibError
+from wdlib.checkpoints.architectures import TensorRole, tensor_role
+from wdlib.checkpoints.files import Checkpoint, resolve
+from wdlib.checkpoints.formats import Tensor, check_readable
+from wdlib.checkpoints.headers import Geometry, read_headers
+
+_Place = tuple[int, str, int | None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One matrix of a checkpoint, from the headers alone.
+
+    `layer` counts from 0; `type` is one of `wdlib.TYPES`; `name` is the tensor's name in the file;
+    `shape` is (d_out, d_in); `dtype` is the stored one ("BF16", "Q4_1", ...). `expert` is None for
+    a matrix that every token passes (a dense layer, or the shared experts beside routed ones) and
+    the expert's number for a routed one.
+    """
+
+    layer: int
+    type: str
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    expert: int | None = None
+
+    @property
+    def place(self) -> _Place:
+        """What no two matrices of a model share: layer, type and expert."""
+        return self.layer, self.type, self.expert
+
+
+def place_order(layer: int, type: str, expert: int | None) -> tuple[int, int, int]:
+    """The key by which the matrices of a model are sorted (see `inventory`)."""
+    return layer, TYPES.index(type), -1 if expert is None else expert
+
+
+@dataclass(frozen=True)
+class Part:
+    """A matrix and the piece of a tensor that it is: rows or columns `start` .. `start + size`.
+
+    All that `read` needs, and small: made to be sent to another process.
+    """
+
+    entry: Entry
+    tensor: Tensor
+    layout: str
+    heads: int
+    start: int
+    size: int
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First row and number of the rows to read, all axes of the tensor but the last in one."""
+        rows = self.tensor.shape[-2]
+        first = rows * (self.entry.expert or 0) if len(self.tensor.shape) == 3 else 0
+        return (first + self.start, self.size) if self.layout == "linear" else (first, rows)
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the matrix where it is stored."""
+        values = math.prod(self.entry.shape)
+        return self.tensor.size * values // math.prod(self.tensor.shape)
+
+
+def inventory(model: str | Path | Checkpoint) -> list[Entry]:
+    """Every projection matrix of a checkpoint, from the headers of its files alone.
+
+    Sorted by layer, then in the order of `wdlib.TYPES`, then by expert (None first). Layers of
+    other stacks in the file (a vision tower, multi-token prediction) are not listed.
+
+    Raises WdlibError when a file is corrupt, truncated or quantised in a way that cannot be read,
+    when no name matches a rule, or when a layer lacks a projection that others have.
+    """
+    return [part.entry for part in _all_parts(resolve(model))]
+
+
+def projection_parts(
+    model: str | Path | Checkpoint,
+    *,
+    layers: Iterable[int] | None = None,
+    types: Iterable[str] | None = None,
+) -> list[Part]:
+    """What there is to read of a checkpoint, from the headers of its files alone.
+
+    `layers` (counted from 0) and `types` (of `wdlib.TYPES`) limit it; a type that the architecture
+    does not have (gate in GPT-2) yields nothing. The order is that of `inventory`.
+
+    Raises WdlibError for what `inventory` refuses, for an unknown layer or type, and for matrices
+    that are stored in a way that cannot be read.
+    """
+    checkpoint = resolve(model)
+    parts = _all_parts(checkpoint)
+    last = parts[-1].entry.layer
+    asked = set(range(last + 1) if layers is None else layers)
+    kinds = set(TYPES if types is None else types)
+    if strange := sorted(asked - set(range(last + 1))):
+        raise WdlibError(
+            f"{checkpoint.name} has no layer {strange[0]}: its layers are 0 to {last}."
+        )
+    if unknown := sorted(kinds - set(TYPES)):
+        raise WdlibError(f"There is no projection type {unknown[0]!r}: give some of {TYPES}.")
+    parts = [part for part in parts if part.entry.layer in asked and part.entry.type in kinds]
+    for tensor in {part.tensor.dtype: part.tensor for part in parts}.values():
+        check_readable(tensor)
+    return parts
+
+
+def _all_parts(checkpoint: Checkpoint) -> list[Part]:
+    """The pieces of tensors to read, in the order of `inventory`."""
+    geometry, tensors = read_headers(checkpoint)
+    _refuse_packed(tensors, geometry.architecture)
+    parts: list[Part] = []
+    for tensor in tensors.values():
+        if role := tensor_role(tensor.name, geometry.architecture):
+            parts += _parts_of(tensor, role, geometry)
+    if geometry.layers is not None:
+        parts = [part for part in parts if part.entry.layer < geometry.layers]
+    if not parts:
+        _refuse_names(checkpoint, geometry, tensors)
+    parts.sort(key=lambda part: place_order(*part.entry.place))
+    _check_complete(checkpoint, geometry, [part.entry for part in parts])
+    return parts
+
+
+_QUANTISED = re.compile(r".*\.(?:qweight|weight_packed|weight\.absmax|weight_scale|SCB)")
+_PACKED = re.compile(r"(.*\.weight)\.absmax|(.*)\.scales")
+"""What bitsandbytes and MLX put beside a tensor whose shape is no longer the matrix's."""
+
+
+def _refuse_packed(tensors: dict[str, Tensor], architecture: str | None) -> None:
+    """Refuse projections whose shape their quantisation has changed."""
+    for name, tensor in tensors.items():
+        if found := _PACKED.fullmatch(name):
+            packed = found[1] or f"{found[2]}.weight"
+            if packed in tensors and tensor_role(packed, architecture):
+                raise _quantised(tensor)
+
+
+def _quantised(tensor: Tensor) -> WdlibError:
+    return WdlibError(
+        f"{tensor.file.name} holds quantised weights ({tensor.name}), which cannot be read from "
+        "safetensors: use the unquantised checkpoint or a GGUF file of the model."
+    )
+
+
+def _refuse_names(checkpoint: Checkpoint, geometry: Geometry, tensors: dict[str, Tensor]) -> None:
+    """Say why no tensor is a projection."""
+    for name, tensor in tensors.items():
+        if _QUANTISED.fullmatch(name):
+            raise _quantised(tensor)
+    hint = "" if geometry.architecture else "put the model's config.json beside the file, or "
+    raise WdlibError(
+        f"No tensor of {checkpoint.name} has a name that is known as a projection (seen: "
+        f"{', '.join(list(tensors)[:4]) or 'none'}): {hint}add rows for its architecture to RULES "
+        "in wdlib/checkpoints/architectures.py."
+    )
+
+
+def _parts_of(tensor: Tensor, role: TensorRole, geometry: Geometry) -> Iterator[Part]:
+    """The matrices that one tensor holds."""
+    where = f"tensor {tensor.name} of {tensor.file.name}"
+    dimensions = (2, 3) if role.expert is None else (2,)
+    if len(tensor.shape) not in dimensions or 0 in tensor.shape:
+        raise WdlibError(f"The {where} is no matrix: its shape is {tensor.shape}.")
+    *stack, rows, columns = tensor.shape
+    d_out, d_in = (columns, rows) if role.layout == "conv1d" else (rows, columns)
+    heads, shares = 1, [1] * len(role.types)
+    joined = role.types == ("q", "k", "v")
+    if joined or role.layout == "rope":
+        if geometry.heads is None or geometry.kv_heads is None:
+            raise WdlibError(
+                f"The {where} cannot be taken apart without the number of attention heads: put the "
+                "model's config.json beside the file (a GGUF file has it in its metadata)."
+            )
+        heads = geometry.kv_heads if role.types == ("k",) else geometry.heads
+        shares = [heads, geometry.kv_heads, geometry.kv_heads] if joined else shares
+    granularity = heads * 2 if role.layout == "rope" else sum(shares)
+    if d_out % granularity:
+        raise WdlibError(
+            f"The {where} has {d_out} rows, which does not fit {geometry.heads} attention heads "
+            f"({geometry.kv_heads} for keys and values): the model's configuration is another's."
+        )
+    borders = [d_out * share // sum(shares) for share in accumulate(shares, initial=0)]
+    for kind, (start, end) in zip(role.types, pairwise(borders), strict=True):
+        for expert in range(stack[0]) if stack else (role.expert,):
+            shape = (end - start, d_in)
+            entry = Entry(role.layer, kind, tensor.name, shape, tensor.dtype, expert)
+            yield Part(entry, tensor, role.layout, heads, start, end - start)
+
+
+_MLP = ("gate", "up", "down")
+
+
+def _expected(layers: int, there: Collection[_Place]) -> Iterator[_Place]:
+    """The places that a whole checkpoint of so many layers fills, if these are some of them.
+
+    Every layer has every type, but for gate, which some architectures lack. An expert that any
+    layer has belongs to every layer with routed experts, and beside them to every type of the MLP.
+    """
+    types = [t for t in TYPES if t != "gate" or any(kind == t for _, kind, _ in there)]
+    routed = {expert for *_, expert in there if expert is not None}
+    experts: dict[int, set[int | None]] = defaultdict(set)
+    for layer, kind, expert in there:
+        if kind in _MLP:
+            experts[layer].add(expert)
+    for layer in range(layers):
+        of_layer = experts[layer] or {None}
+        if of_layer != {None}:
+            of_layer |= set(range(max(routed) + 1))
+        for kind in types:
+            for expert in of_layer if kind in _MLP else {None}:
+                yield layer, kind, expert
+
+
+def _check_complete(checkpoint: Checkpoint, geometry: Geometry, entries: list[Entry]) -> None:
+    """Refuse a checkpoint in which a layer lacks a matrix, has it twice or in a wrong shape."""
+    there = Counter(entry.place for entry in entries)
+    number = entries[-1].layer + 1 if geometry.layers is None else geometry.layers
+    expected = sorted(_expected(number, there), key=lambda place: place_order(*place))
+    for layer, kind, expert in expected:
+        if (layer, kind, expert) not in there:
+            what = kind if expert is None else f"{kind} of expert {expert}"
+            raise WdlibError(
+                f"Layer {layer} of {checkpoint.name} has no {what}: the checkpoint is incomplete, "
+                "or RULES in wdlib/checkpoints/architectures.py lacks a row for its name."
+            )
+    for entry, following in pairwise(entries):
+        if entry.place == following.place:
+            raise WdlibError(
+                f"Layer {entry.layer} of {checkpoint.name} has {entry.type} twice: {entry.name} "
+                f"and {following.name}."
+            )
+    _check_shapes(checkpoint, entries)
+
+
+def _check_shapes(checkpoint: Checkpoint, entries: list[Entry]) -> None:
+    """Refuse matrices that do not fit each other: one hidden size, and one inner size per MLP."""
+    width = entries[0].shape[1]
+    for entry in entries:
+        if entry.shape[0 if entry.type in ("o", "down") else 1] != width:
+            raise WdlibError(
+                f"The tensor {entry.name} of {checkpoint.name} gives {entry.type} the shape "
+                f"{entry.shape}, which does not fit a hidden size of {width}: the rule in "
+                "wdlib/checkpoints/architectures.py for its name is not right for this "
+                "architecture."
+            )
+    inner = {(e.layer, e.expert): e for e in entries if e.type == "down"}
+    for entry in entries:
+        down = inner[entry.layer, entry.expert] if entry.type in ("gate", "up") else None
+        if down and entry.shape[0] != down.shape[1]:
+            raise WdlibError(
+                f"The tensor {entry.name} of {checkpoint.name} gives {entry.type} "
+                f"{entry.shape[0]} rows, and {down.name} has {down.shape[1]} columns: it joins "
+                "gate and up in a way that needs a row of its own in RULES of "
+                "wdlib/checkpoints/architectures.py."
+            )

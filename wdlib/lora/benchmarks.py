@@ -1,0 +1,245 @@
+"""Benchmarks as lm-eval's requests: one for each option of each item in each order."""
+
+import contextlib
+import csv
+import gzip
+import io
+import itertools
+import json
+import logging
+import random
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wdlib import WdlibError
+
+GPQA_PASSWORD = b"deserted-untie-orchid"
+"""Published by GPQA's authors: the archive is locked against crawlers, not against readers."""
+
+HARNESS_SEED = 0
+"""What lm-eval's command line seeds `random` with, which shuffles the options of GPQA."""
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where lm-eval defines a task, and the file that feeds it where the hub does not."""
+
+    folder: str
+    file: str
+    read: Callable[[Path], list[dict[str, Any]]]
+    columns: tuple[str, ...]
+    reorder: bool = False
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def _locked_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of the csv file in an encrypted zip file, which stay in memory."""
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".csv"))
+        text = archive.read(name, pwd=GPQA_PASSWORD).decode("utf-8")
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+_SOURCES = {
+    "gpqa_diamond_zeroshot": _Source(
+        "gpqa/zeroshot",
+        "gpqa_diamond.zip",
+        _locked_table,
+        ("Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))),
+        reorder=True,
+    ),
+    "arc_challenge": _Source(
+        "arc", "arc_challenge_test.jsonl", _lines, ("question", "choices", "answerKey")
+    ),
+    "hellaswag": _Source(
+        "hellaswag",
+        "hellaswag_validation.jsonl.gz",
+        _lines,
+        ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+    ),
+}
+
+TASKS = tuple(_SOURCES)
+"""lm-eval's names of the benchmarks."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is measured: the same for all runs that are compared.
+
+    tasks: names from TASKS. limit: task -> only its first so many items. orders: the number of
+    orders in which GPQA shows its options (see `option_orders`). seed: of the harness's own order.
+    dtype: "float32", or "bfloat16" for the matrix products of the layers, which is about twice as
+    fast where the processor knows it and changes one or two answers in a hundred; weights, output
+    layer and softmax are float32 always.
+    """
+
+    tasks: tuple[str, ...] = TASKS
+    limit: Mapping[str, int] = field(default_factory=dict)
+    orders: int = 4
+    seed: int = HARNESS_SEED
+    dtype: str = "float32"
+
+
+def option_orders(count: int, *, options: int = 4) -> np.ndarray:
+    """The first `count` orders of some options: (count, options) int8, the option at each position.
+
+    The first is the identity; every further `options` rows are the cyclic shifts of one order, so
+    that each option stands at each position once: over them "always A" is right once per option.
+    Raises: WdlibError unless count is 1 or a multiple of `options` up to all orders.
+    """
+    cycles = [(0, *rest) for rest in itertools.permutations(range(1, options))]
+    every = [[*order[shift:], *order[:shift]] for order in cycles for shift in range(options)]
+    if count != 1 and (count % options or not 0 < count <= len(every)):
+        raise WdlibError(
+            f"{count} orders of {options} options are not balanced: give 1 or a multiple of "
+            f"{options} up to {len(every)}"
+        )
+    return np.array(every[:count], dtype=np.int8)
+
+
+@dataclass(frozen=True)
+class Items:
+    """Items of one task: shown[item][order] are lm-eval's requests, one for each option."""
+
+    shown: list[list[list[Any]]]
+    orders: np.ndarray
+    gold: list[int]
+    options: list[list[str]]
+
+
+def check_protocol(protocol: Protocol, data_folder: Path | None) -> None:
+    unknown = [name for name in (*protocol.tasks, *protocol.limit) if name not in _SOURCES]
+    if unknown:
+        raise WdlibError(f"there is no benchmark {unknown[0]!r}: choose from {', '.join(TASKS)}")
+    if protocol.dtype not in DTYPES:
+        raise WdlibError(f"there is no dtype {protocol.dtype!r} here: give {' or '.join(DTYPES)}")
+    option_orders(protocol.orders)
+    for name, limit in protocol.limit.items():
+        if limit < 1:
+            raise WdlibError(f"a limit of {limit} items leaves nothing of {name}: give 1 or more")
+    if data_folder is not None:
+        for name in protocol.tasks:
+            path = Path(data_folder) / _SOURCES[name].file
+            if not path.is_file():
+                raise WdlibError(f"{path} is missing: put it there, or name no folder for the hub")
+
+
+def requests(name: str, protocol: Protocol, data_folder: Path | None) -> Items:
+    """lm-eval's requests for a task's items in every order of their options."""
+    source, limit = _SOURCES[name], protocol.limit.get(name)
+    with quiet(), _pristine():
+        task = _task(name, data_folder, limit)
+        random.seed(protocol.seed)  # the shuffle is the first to draw, as on the command line
+        docs = list(itertools.islice(task.eval_docs, limit))
+    orders = option_orders(protocol.orders) if source.reorder else None
+    shown, gold, options = [], [], []
+    for doc in docs:
+        seen = [doc] if orders is None else [_reordered(doc, order) for order in orders]
+        contexts = [task.fewshot_context(one, num_fewshot=0) for one in seen]
+        shown.append(
+            [
+                task.construct_requests(one, context, metadata=(name, len(shown), 1))
+                for one, context in zip(seen, contexts, strict=True)
+            ]
+        )
+        options.append(task.doc_to_choice(doc))
+        target = task.doc_to_target(doc)
+        gold.append(options[-1].index(target) if isinstance(target, str) else target)
+    if orders is None:
+        orders = np.arange(max(map(len, options)), dtype=np.int8)[None]
+    return Items(shown, orders, gold, options)
+
+
+def _task(name: str, data_folder: Path | None, limit: int | None) -> Any:
+    """lm-eval's own task object, fed from the hub or with the rows of a local file."""
+    import datasets
+    from lm_eval import tasks
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml  # TaskManager reads all 14,000 files first
+
+    source = _SOURCES[name]
+    config = load_yaml(Path(tasks.__file__).parent / source.folder / f"{name}.yaml")
+    config.pop("tag")
+    if data_folder is not None:
+        rows = _rows(Path(data_folder) / source.file, source)[:limit]
+        config |= {"training_split": None, "validation_split": None, "test_split": "local"}
+        config["custom_dataset"] = lambda **_: {"local": datasets.Dataset.from_list(rows)}
+        return ConfigurableTask(config=config)
+    try:
+        return ConfigurableTask(config=config)
+    except Exception as error:  # of five libraries, and its message may quote an item
+        raise WdlibError(
+            f"{name} cannot be read from the hub ({type(error).__name__}): log in or go online, or "
+            f"name a data folder that holds {source.file}"
+        ) from None
+
+
+def _rows(path: Path, source: _Source) -> list[dict[str, Any]]:
+    try:
+        rows = source.read(path)
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        rows = []
+    if not rows:
+        raise WdlibError(f"{path} cannot be read or is empty: fetch it again")
+    for column in source.columns:
+        if any(row.get(column) is None for row in rows):
+            raise WdlibError(f"{path} has rows without {column!r}: fetch it again")
+    return rows
+
+
+def _reordered(doc: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
+    """A document of GPQA as its task makes them, with its options in another order."""
+    options = {f"choice{1 + position}": doc[f"choice{1 + o}"] for position, o in enumerate(order)}
+    return {**doc, **options}
+
+
+@contextlib.contextmanager
+def _pristine() -> Iterator[None]:
+    """Leave Python's global random state as it was, and see no shuffle that an earlier run stored.
+
+    `datasets` keeps the outcome of a `map` on disk and takes it for that of every later seed.
+    """
+    import datasets
+
+    state, cached = random.getstate(), datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if cached:
+            datasets.enable_caching()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No notices of lm-eval and datasets, some of which quote an item; no progress bars."""
+    import datasets
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    barred = datasets.utils.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    datasets.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if not barred:
+            datasets.utils.enable_progress_bars()

@@ -1,0 +1,179 @@
+"""One LoRA run as a configuration: the names of the starts, all settings, and its key."""
+
+import hashlib
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from wdlib import WdlibError
+from wdlib.characterise import stored_file
+from wdlib.checkpoints import catalogue
+from wdlib.lora.adapters import LoraSettings
+from wdlib.lora.data import DATA
+
+UNTRAINED = "untrained"
+"""The "initialisation" of a run that has no adapter and takes no step: it measures the model."""
+
+PEFT_INITIALISATIONS = ("default", "gaussian", "orthogonal", "pissa", "olora", "eva")
+
+RESHAPED = {
+    "literal": ("literal", "groups"),
+    "preserved": ("preserved", "groups"),
+    "a_only": ("a_only", "groups"),
+    "one_template": ("literal", "one"),
+    "independent": ("literal", "none"),
+}
+"""Name of a reshaped initialisation -> its variant and sharing."""
+
+ADAPTER_INITIALISATIONS = (*PEFT_INITIALISATIONS, *RESHAPED)
+
+INITIALISATIONS = (UNTRAINED, *ADAPTER_INITIALISATIONS)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """How to train; the defaults are those of docs/method.md, section 8.
+
+    batch, accumulation: sequences of a micro-batch, and micro-batches of a step on all devices
+    together. weight_decay, max_grad_norm: not in the papers; of the unsloth template and Trainer.
+    max_length: tokens of an example, more than any of the default data set has. answers_only: the
+    loss counts the answers' tokens alone. dtype of the frozen base weights: "auto" is bfloat16
+    where the processor or GPU computes with it natively, float32 elsewhere; the adapter is always
+    float32.
+    Differs from the template: AdamW keeps its state in float32 instead of 8 bits.
+    """
+
+    rank: int = 16
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: tuple[str, ...] = LoraSettings.targets
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 5
+    steps: int = 60
+    batch: int = 2
+    accumulation: int = 4
+    max_length: int = 1024
+    answers_only: bool = False
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configuration, complete: equal runs give equal adapters on equal machines.
+
+    model: as for `models.resolve`; init: one of INITIALISATIONS; reference: model whose stored
+    characterisation at the adapter's rank shapes it, for the reshaped initialisations alone; data:
+    one of DATA; seed: of the initialisation and of the data order; b_scale: as for `lora.attach`.
+    Raises: WdlibError for what is none of these.
+    """
+
+    model: str = catalogue.DEFAULT
+    init: str = "default"
+    reference: str | None = None
+    data: str = "alpaca"
+    seed: int = 3407
+    b_scale: float = 1.0
+    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
+
+    def __post_init__(self) -> None:
+        if self.init not in INITIALISATIONS:
+            raise WdlibError(
+                f"there is no initialisation {self.init!r}: choose from "
+                f"{', '.join(INITIALISATIONS)}"
+            )
+        if self.data not in DATA:
+            raise WdlibError(f"there is no data set {self.data!r}: choose from {', '.join(DATA)}")
+        reshaped = self.init not in (UNTRAINED, *PEFT_INITIALISATIONS)
+        if reshaped != (self.reference is not None):
+            raise WdlibError(
+                f"the initialisation {self.init!r} {'needs' if reshaped else 'takes no'} reference"
+            )
+        if self.hyperparameters.dtype not in ("auto", "float32", "bfloat16"):
+            raise WdlibError(
+                f"there is no dtype {self.hyperparameters.dtype!r}: give auto, float32 or bfloat16"
+            )
+
+    @property
+    def variant(self) -> str:
+        """What is compared, whatever the seed, model and data: "literal qwen lr0.0006", say."""
+        return " ".join(self._variant())
+
+    @property
+    def key(self) -> str:
+        """A short name, readable and unique: what differs from the defaults makes its hash."""
+        init, *others = self._variant()
+        reference = others.pop(0) if self.reference else None
+        parts = [Path(self.model).name, init, reference, self.data, *others]
+        parts += [f"s{self.seed}"] * (self.init != UNTRAINED)
+        digest = hashlib.sha256(json.dumps(_changed(self), sort_keys=True).encode()).hexdigest()
+        return "-".join([part for part in parts if part] + [digest[:8]])
+
+    def _variant(self) -> list[str]:
+        """The initialisation, its reference, and the settings named in a key if changed."""
+        changed = _changed(self)
+        hyperparameters = changed.get("hyperparameters", {})
+        parts = [self.init] + [self.reference] * (self.reference is not None)
+        parts += [f"lr{self.hyperparameters.learning_rate:g}"] * (
+            "learning_rate" in hyperparameters
+        )
+        parts += [f"r{self.hyperparameters.rank}"] * ("rank" in hyperparameters)
+        parts += [f"b{self.b_scale:g}"] * ("b_scale" in changed)
+        return parts
+
+    def to_json(self) -> str:
+        """As text, whose content `from_dict` takes back."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Run":
+        """From the fields' names and values; missing ones have their defaults.
+
+        Raises: WdlibError for names that are no fields, and as the constructor does.
+        """
+        content = dict(content)
+        hyperparameters = dict(content.pop("hyperparameters", {}))
+        for kind, given in ((cls, content), (Hyperparameters, hyperparameters)):
+            unknown = set(given) - {f.name for f in fields(kind)}
+            if unknown:
+                raise WdlibError(f"a run has no setting {sorted(unknown)[0]!r}: correct its name")
+        _check_types(cls, content)
+        _check_types(Hyperparameters, hyperparameters)
+        if "targets" in hyperparameters:
+            hyperparameters["targets"] = tuple(hyperparameters["targets"])
+        return cls(**content, hyperparameters=Hyperparameters(**hyperparameters))
+
+    def characterisation(self) -> Path | None:
+        """The file of the reference's characterisation; None without a reference."""
+        if self.reference is None:
+            return None
+        return stored_file(self.reference, self.hyperparameters.rank)
+
+
+def _check_types(kind: type, given: dict[str, Any]) -> None:
+    """Numbers must be numbers: YAML reads 2e-4, without a point, as a text."""
+    for f in fields(kind):
+        wanted = type(f.default)
+        if f.name not in given or wanted not in (bool, int, float):
+            continue
+        if type(given[f.name]) not in ((int, float) if wanted is float else (wanted,)):
+            raise WdlibError(
+                f"{f.name} must be of type {wanted.__name__}, not {given[f.name]!r} (a number like "
+                "2e-4 needs a point in YAML: 2.0e-4)"
+            )
+
+
+def _changed(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not as by default, nested ones too.
+
+    A new field with a default leaves the keys of old runs as they were.
+    """
+    changed = {}
+    for f in fields(value):
+        default = f.default if f.default is not MISSING else f.default_factory()
+        here = getattr(value, f.name)
+        if here != default:
+            changed[f.name] = _changed(here) if hasattr(here, "__dataclass_fields__") else here
+    return changed

@@ -1,0 +1,39 @@
+"""One function per figure: each takes a tidy table (and an Axes), draws it, returns the Axes.
+
+Notebooks alone import this package. What a figure shows is what its table holds; `save` writes
+both. The rooms are named by what they draw: `plots.fits.ccdf`.
+"""
+
+from wdlib.plots import classes, distances, fingerprints, fits, generator, lora, spectra
+from wdlib.plots.style import (
+    ACCENT,
+    COLORS,
+    INK,
+    NULL_COLORS,
+    folder,
+    label_lowest,
+    save,
+    set_style,
+    shades,
+    text_table,
+)
+
+__all__ = [
+    "ACCENT",
+    "COLORS",
+    "INK",
+    "NULL_COLORS",
+    "classes",
+    "distances",
+    "fingerprints",
+    "fits",
+    "folder",
+    "generator",
+    "label_lowest",
+    "lora",
+    "save",
+    "set_style",
+    "shades",
+    "spectra",
+    "text_table",
+]

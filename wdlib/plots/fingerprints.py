@@ -1,0 +1,239 @@
+"""Fingerprints of models, and what training moves in them."""
+
+from collections.abc import Iterable, Sequence
+from itertools import cycle
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from scipy import stats
+
+from wdlib import TYPES
+from wdlib.plots.style import ACCENT, COLORS, INK
+
+
+def model_colors(names: list[str]) -> dict:
+    """One colour per model."""
+    return dict(zip(names, sns.color_palette("tab10", len(names)), strict=True))
+
+
+def densities_of_models(data: pd.DataFrame, colors: dict, ax: Axes) -> Axes:
+    """Densities of one type's values in several models: columns model, value, density.
+
+    Values in standard deviations of that model and type; dashed, the normal distribution.
+    """
+    for model, rows in data.groupby("model", sort=False):
+        ax.plot(rows.value, rows.density, color=colors[model], lw=1, label=model)
+    grid = np.linspace(-5, 5, 201)
+    ax.plot(grid, stats.norm.pdf(grid), "--", color=INK, lw=1, label="normal")
+    ax.set(yscale="log", xlim=(-14, 14), ylim=(1e-7, 3))
+    return ax
+
+
+def parallel_coordinates(data: pd.DataFrame, colors: dict, ax: Axes) -> Axes:
+    """A line per model over the types: columns model, type, value; a gap where a type is absent."""
+    for model, rows in data.groupby("model", sort=False):
+        values = rows.set_index("type").value.reindex(TYPES)
+        known = values.dropna()
+        ax.plot([TYPES.index(t) for t in known.index], known, ":", color=colors[model], lw=0.8)
+        ax.plot(range(len(TYPES)), values, "o-", color=colors[model], ms=4, label=model)
+    ax.set_xticks(range(len(TYPES)), TYPES)
+    ax.set(ylabel="component of the vector", ylim=(0, None))
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handlelength=1.4)
+    return ax
+
+
+def matrix_of_models(table: np.ndarray, names: list[str], ax: Axes, *, rows: bool = True) -> Axes:
+    """Distances between models with their numbers; only with `rows` are the rows named."""
+    shown = np.where(np.eye(len(names), dtype=bool), np.nan, table)
+    ax.imshow(shown, cmap="viridis_r", vmin=0, vmax=np.nanmax(shown))
+    dark = np.nanmax(shown) / 2
+    for (i, j), value in np.ndenumerate(shown):
+        if i != j:
+            color = "white" if value > dark else INK
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, size=7)
+    ax.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=7)
+    ax.set_yticks(range(len(names)), names if rows else [], fontsize=7)
+    ax.tick_params(length=0)
+    ax.grid(False)
+    return ax
+
+
+def dendrogram(table: np.ndarray, names: list[str], ax: Axes) -> list[int]:
+    """Models joined by average linkage of symmetric distances; returns the order of the leaves."""
+    from scipy.cluster import hierarchy
+    from scipy.spatial.distance import squareform
+
+    joined = hierarchy.linkage(squareform(table, checks=False), "average")
+    drawn = hierarchy.dendrogram(
+        joined, orientation="left", labels=names, ax=ax, color_threshold=0,
+        above_threshold_color=INK,
+    )  # fmt: skip
+    ax.set(xlabel="distance at which they join")
+    ax.tick_params(axis="y", labelsize=7)
+    ax.grid(False)
+    return drawn["leaves"][::-1]
+
+
+def choice_of_k(data: pd.DataFrame, axes: np.ndarray) -> np.ndarray:
+    """Silhouette and stability over k, a line per rank: columns rank, k, silhouette, stability,
+    spread."""
+    for (rank, rows), color in zip(data.groupby("rank"), (COLORS["q"], COLORS["up"]), strict=False):
+        axes[0].plot(rows.k, rows.silhouette, "o-", color=color, label=f"r = {rank}")
+        low, high = rows.stability - rows.spread, rows.stability + rows.spread
+        axes[1].fill_between(rows.k, low, high, color=color, alpha=0.15, lw=0)
+        axes[1].plot(rows.k, rows.stability, "o-", color=color)
+    axes[0].set(xlabel="clusters K", ylabel="mean silhouette", ylim=(0, 1))
+    axes[1].set(xlabel="clusters K", ylabel="adjusted Rand index", ylim=(0, 1.02))
+    axes[0].legend()
+    return axes
+
+
+def cluster_map(data: pd.DataFrame, k: int, ax: Axes) -> Axes:
+    """Clusters of all matrices, layers down and types across: columns type, layer, cluster."""
+    table = data.pivot(index="layer", columns="type", values="cluster").reindex(columns=TYPES)
+    ax.imshow(table, cmap=plt.get_cmap("viridis", k), vmin=-0.5, vmax=k - 0.5, aspect="auto")
+    ax.set_xticks(range(len(TYPES)), TYPES, rotation=90, fontsize=7)
+    ax.tick_params(length=0)
+    ax.grid(False)
+    return ax
+
+
+def cluster_centres(data: pd.DataFrame, k: int, ax: Axes) -> Axes:
+    """Centres of clusters: columns cluster, index (from 1), value; colours as in `cluster_map`."""
+    colors = plt.get_cmap("viridis", k)
+    for number, rows in data.groupby("cluster"):
+        ax.plot(rows["index"], rows.value, color=colors(number), label=f"{number}")
+    ax.set(xlabel="index i", ylabel="singular value / length of the vector", ylim=(0, None))
+    ax.legend(title="cluster", ncols=2, title_fontsize=8)
+    return ax
+
+
+def identification(data: pd.DataFrame, threshold: float, ax: Axes) -> Axes:
+    """Spectral differences of copies and others on a log axis: columns case, copy, distance."""
+    cases = list(data.case.unique())
+    for copy, color, label in (
+        (True, COLORS["q"], "from the model it was made of"),
+        (False, COLORS["up"], "from any other"),
+    ):
+        rows = data[data["copy"] == copy]
+        y = [cases.index(case) for case in rows.case]
+        ax.plot(rows.distance, y, "o", color=color, ms=4, alpha=0.7, mew=0, label=label)
+    ax.axvline(threshold, color=ACCENT, lw=1)
+    ax.set_yticks(range(len(cases)), cases)
+    ax.invert_yaxis()
+    ax.set(xscale="log", xlabel="spectral difference")
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return ax
+
+
+DATA_COLORS = ("#1b4f8a", "#e07b1a", "#2e7d4f", "#7b5ea7")
+"""By the order of the data sets."""
+
+
+def data_colors(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each data set, in the order of their first appearance."""
+    return dict(zip(dict.fromkeys(names), cycle(DATA_COLORS), strict=False))
+
+
+def strips(data: pd.DataFrame, colors: dict[str, str], ax: Axes) -> Axes:
+    """Distances on a log axis in rows under headings: columns heading, row, case, distance.
+
+    Cases that `colors` names are dots of that colour; the others are red marks with their name. A
+    distance of zero stands at the left edge, beyond a line.
+    """
+    places = list(dict.fromkeys(zip(data.heading, data.row, strict=True)))
+    headings = list(dict.fromkeys(data.heading))
+    y = {place: i + 1.4 * headings.index(place[0]) for i, place in enumerate(places)}
+    zero = 10.0 ** (np.floor(np.log10(data.distance[data.distance > 0].min())) - 0.5)
+    data = data.assign(x=np.maximum(data.distance, zero))
+    named = data[~data.case.isin(list(colors))]
+    for place, part in data.drop(named.index).groupby(["heading", "row"]):
+        cases = [case for case in colors if case in set(part.case)]
+        for i, case in enumerate(cases):
+            x, level = part.x[part.case == case], y[place] + 0.2 * (i - (len(cases) - 1) / 2)
+            ax.plot(x, [level] * len(x), "o", color=colors[case], ms=4, alpha=0.75, mew=0)
+    for (heading, row, x), part in named.groupby(["heading", "row", "x"]):
+        ax.plot(x, y[heading, row], "|", color=ACCENT, ms=8, mew=1.2)
+        style = {"bbox": {"fc": "white", "ec": "none", "pad": 0.5}, "va": "center_baseline"}
+        ax.annotate(", ".join(part.case), (x, y[heading, row]), (5, 0), color=ACCENT,
+                    fontsize=6.5, textcoords="offset points", **style)  # fmt: skip
+    for heading in headings:
+        top = min(v for place, v in y.items() if place[0] == heading)
+        ax.text(-0.01, top - 0.85, heading, transform=ax.get_yaxis_transform(), weight="bold",
+                ha="right", va="center", fontsize=8)  # fmt: skip
+    ax.axvline(zero * 10**0.4, color=INK, lw=0.6)
+    ax.set(xscale="log", xlim=(zero / 2, 2 * max(1, data.distance.max())))
+    ax.set_yticks(list(y.values()), [row for _, row in places])
+    ax.set_ylim(max(y.values()) + 0.6, -1.3)
+    ticks = 10.0 ** np.arange(np.ceil(np.log10(zero)), np.log10(ax.get_xlim()[1]), 1)
+    ax.set_xticks([zero, *ticks], ["0", *(f"$10^{{{np.log10(t):.0f}}}$" for t in ticks)])
+    ax.minorticks_off()
+    return ax
+
+
+def points_by_type(data: pd.DataFrame, colors: dict[str, str], value: str, ax: Axes) -> Axes:
+    """A point per run, types across, data sets side by side: columns type, data, and the named."""
+    for i, (name, rows) in enumerate(data.groupby("data", sort=False)):
+        x = [TYPES.index(t) + 0.22 * (i - (len(colors) - 1) / 2) for t in rows.type]
+        ax.plot(x, rows[value], "o", color=colors[name], ms=4, alpha=0.75, mew=0, label=name)
+    ax.axhline(0, color=INK, lw=0.6)
+    ax.set_xticks(range(len(TYPES)), TYPES)
+    return ax
+
+
+def frame(data: pd.DataFrame, ax: Axes) -> Axes:
+    """Frame matrices of a `cluster_map`: columns type, layer; only the rows that are given."""
+    for row in data.itertuples():
+        corner = (TYPES.index(row.type) - 0.5, row.layer - 0.5)
+        ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, ec=ACCENT, lw=1.6))
+    return ax
+
+
+def against_border(data: pd.DataFrame, ax: Axes) -> Axes:
+    """How far matrices moved against the border of their cluster: columns type, margin, moved.
+
+    A matrix below the diagonal cannot have changed its cluster.
+    """
+    for kind in TYPES:
+        rows = data[data.type == kind]
+        ax.plot(rows.margin, rows.moved, "o", color=COLORS[kind], ms=3, mew=0, label=kind)
+    ends = np.array([data[["margin", "moved"]].min().min(), data[["margin", "moved"]].max().max()])
+    ax.plot(ends, ends, color=INK, lw=0.8)
+    ax.set(xscale="log", yscale="log", xlabel="distance to the border of the cluster")
+    ax.set(ylabel="moved by training")
+    return ax
+
+
+def runs_matrix(table: np.ndarray, data: Sequence[str], ax: Axes) -> Axes:
+    """Distances between runs, which are ordered by their data set: lines between data sets."""
+    shown = np.where(np.eye(len(data), dtype=bool), np.nan, table)
+    ax.figure.colorbar(ax.imshow(shown, cmap="viridis_r", vmin=0), ax=ax, shrink=0.75)
+    names = list(dict.fromkeys(data))
+    ends = np.cumsum([list(data).count(name) for name in names]) - 0.5
+    for end in ends[:-1]:
+        ax.axhline(end, color="white", lw=2)
+        ax.axvline(end, color="white", lw=2)
+    middles = (ends + np.concatenate([[-0.5], ends[:-1]])) / 2
+    ax.set_xticks(middles, names)
+    ax.set_yticks(middles, names, rotation=90, va="center")
+    ax.tick_params(length=0)
+    ax.grid(False)
+    return ax
+
+
+def against_update(data: pd.DataFrame, value: str, ax: Axes) -> Axes:
+    """A change of every matrix against the norm of its update: columns type, update, and the named.
+
+    Log axes; a change of zero is left out.
+    """
+    for kind in TYPES:
+        rows = data[(data.type == kind) & (data[value] > 0)]
+        ax.plot(rows["update"], rows[value], "o", color=COLORS[kind], ms=3, mew=0, label=kind)
+    ax.set(xscale="log", yscale="log", xlabel=r"size of the update, $\|\Delta W\| / \|W\|$")
+    ax.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
+    ax.xaxis.set_minor_locator(plt.NullLocator())
+    return ax

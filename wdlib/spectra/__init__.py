@@ -1,0 +1,25 @@
+"""Weight matrices -> their largest singular values, with proven errors.
+
+In: a model, or a stream of projections. Out: `Spectra`, stored (`load`), or computed (`compute`);
+`of` takes what is there. `kernel` has the algorithm, `nulls` what untrained weights would give.
+"""
+
+from wdlib.spectra import kernel, nulls
+from wdlib.spectra.jobs import available_rank, check_rank, collect, compute, of
+from wdlib.spectra.kernel import top_singular_values
+from wdlib.spectra.store import Spectra, is_stored, load, save
+
+__all__ = [
+    "Spectra",
+    "available_rank",
+    "check_rank",
+    "collect",
+    "compute",
+    "is_stored",
+    "kernel",
+    "load",
+    "nulls",
+    "of",
+    "save",
+    "top_singular_values",
+]
