@@ -130,11 +130,10 @@ def candidates(
     `RATIOS` a wider choice.
     """
     if label == POWER_LAW:
-        laws = [ParetoCounts(*law) for law in PARETO_GRID]
-        return tuple(Candidate(s, law, r) for s, law, r in product(shapes, laws, ratios))
-    laws = [GaussianCounts(*law) for law in GAUSSIAN_GRID]
-    grid = product(shapes, laws, ratios, (1, 2))
-    return tuple(Candidate(s, law, r, t) for s, law, r, t in grid)
+        pareto = product(shapes, PARETO_GRID, ratios)
+        return tuple(Candidate(s, ParetoCounts(*law), r) for s, law, r in pareto)
+    gaussian = product(shapes, GAUSSIAN_GRID, ratios, (1, 2))
+    return tuple(Candidate(s, GaussianCounts(*law), r, t) for s, law, r, t in gaussian)
 
 
 @dataclass(frozen=True)
@@ -183,15 +182,17 @@ def generated(
 ) -> np.ndarray:
     """Distances between the singular value vectors of generated arrays: (n, m), or (n, n)."""
     n, m = vectors
-    settings = {"sigma": candidate.sigma, "ratio": candidate.ratio, "rng": rng}
+    c = candidate
+
+    def arrays(number: int) -> np.ndarray:
+        return generate(number, c.shape, c.counts, sigma=c.sigma, ratio=c.ratio, rng=rng)
+
     if m is None:
-        rows = columns = generate(n, candidate.shape, candidate.counts, **settings)
-    elif candidate.templates == 2:
-        rows, columns = (
-            generate(k, candidate.shape, candidate.counts, **settings) for k in vectors
-        )
+        rows = columns = arrays(n)
+    elif c.templates == 2:
+        rows, columns = arrays(n), arrays(m)
     else:
-        both = generate(n + m, candidate.shape, candidate.counts, **settings)
+        both = arrays(n + m)
         rows, columns = both[:n], both[n:]
     return cosine_distances(spectra_of(rows, rank), spectra_of(columns, rank))
 
@@ -239,9 +240,9 @@ class Calibration:
         class: what the share of sets lacks to CLASS_RATE. alpha: how far the median alpha lies
         outside the interval. scale: log10 of the factor, 0 within SCALE_TOLERANCE.
         """
-        alpha = 0.0
-        if self.alpha is not None:
-            alpha = max(self.target.low - self.alpha, self.alpha - self.target.high, 0.0)
+        alpha, low, high = 0.0, self.target.low, self.target.high
+        if self.alpha is not None and low is not None and high is not None:
+            alpha = max(low - self.alpha, self.alpha - high, 0.0)
         near = abs(self.scale - 1) <= SCALE_TOLERANCE
         return {
             "class": max(0.0, CLASS_RATE - self.label_rate),

@@ -14,12 +14,12 @@ given by one rule, `classify`, for every model, rank and pair of types:
 The three constants were chosen on planted sets, not on models: distances between generated
 vectors, 10 x 10 to 32 x 32 of them. The aim was that at most 5 % of normal and of exponential sets
 are called power-law, and at most 5 % of power laws with exponents from 1.8 to 3.5 are called
-normal. docs/experiments/confusion.py measures it on other seeds.
+normal. workflow/scripts/confusion.py measures it on other seeds.
 
 What the labels do not mean: `power-law` is a statement against the normal law, about the bulk of
 the distances. It does not say that no other heavy-tailed law fits better: a wide lognormal law is
-called power-law too (`wdlib.rivals` compares them). `undecided` says that the vectors are too few,
-or that the class hangs on one or two of them, or that the law is neither.
+called power-law too (`fits.alternatives` compares them). `undecided` says that the vectors are too
+few, or that the class hangs on one or two of them, or that the law is neither.
 """
 
 import json
@@ -165,7 +165,8 @@ def _likelihoods(x: np.ndarray) -> tuple[float, float, float, float]:
 class Pair:
     """Two projection types (or one with itself), the class of the distances between them, the fit.
 
-    alpha, xmin: of `fits.fit_power_law` (csn), where the label is power-law; None elsewhere.
+    alpha, xmin: of `fits.power_law` (csn), where the label is power-law and that fit finds a start
+    of the tail (`PowerLawFit.on_bound`); None elsewhere.
     """
 
     types: tuple[str, str]
@@ -180,6 +181,11 @@ class Group:
 
     referenced: str
     members: tuple[str, ...]
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """All of them, the referenced one first."""
+        return (self.referenced, *self.members)
 
 
 @dataclass(frozen=True)
@@ -252,7 +258,7 @@ def characterise(
         seed=seed,
         rule=_rule(),
         provenance=dict(spectra.provenance),
-        made_by=f"wdlib {__version__} characterize.characterise, numpy {np.__version__}",
+        made_by=f"wdlib {__version__} characterise.characterise, numpy {np.__version__}",
     )
 
 
@@ -299,9 +305,9 @@ def _pair(
     table = _table(values, types)
     same = types[0] == types[1]
     verdict = classify(table, symmetric=same, replicates=replicates, seed=_seed(seed, types))
-    if verdict.label != POWER_LAW:
+    fit = power_law(table_distances(table, same)) if verdict.label == POWER_LAW else None
+    if fit is None or fit.on_bound:
         return Pair(types, verdict, None, None)
-    fit = power_law(table_distances(table, same))
     return Pair(types, verdict, fit.alpha, fit.xmin)
 
 
@@ -379,7 +385,7 @@ def stability(
     layers = number_of_layers(spectra.model, values)
     settings = {"replicates": replicates, "seed": seed}
     rng = np.random.default_rng(seed)
-    counts = {types: Counter() for types in _pairs(values)}
+    counts: dict[tuple[str, str], Counter[str]] = {types: Counter() for types in _pairs(values)}
     for _ in range(resamples):
         drawn = rng.integers(layers, size=layers)
         resampled = {t: v[drawn] for t, v in values.items()}

@@ -2,8 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from wdlib import TYPES, WdlibError, __version__, paths
 
@@ -108,10 +109,10 @@ def _stored(options: argparse.Namespace) -> None:
         current = files.matches_source(found.provenance, sources.get(path.stem, path.stem))
         print(f"spectra  {path.stem}  {found.rank}  {_STATES[current]}")
     for path in sorted((paths.RESULTS / "characterisation").glob("*.json")):
-        found = characterise.load(path)
-        there = held.get(path.stem.removesuffix(f"-r{found.rank}"))
-        current = there is not None and characterise.matches_spectra(found, there)
-        print(f"characterisation  {path.stem}  {found.rank}  {_STATES[current]}")
+        character = characterise.load(path)
+        there = held.get(path.stem.removesuffix(f"-r{character.rank}"))
+        current = there is not None and characterise.matches_spectra(character, there)
+        print(f"characterisation  {path.stem}  {character.rank}  {_STATES[current]}")
 
 
 _STATES = ("out of date", "up to date")
@@ -163,76 +164,71 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"wdlib {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    figures = commands.add_parser("figures", help="draw the figures that are out of date")
-    figures.set_defaults(command=_figures)
-    figures.add_argument("--force", action="store_true", help="draw all of them")
-    figures.add_argument("--only", metavar="NN", help="only notebooks whose name starts so")
+    def command(
+        name: str, function: Callable[[argparse.Namespace], None], text: str
+    ) -> Callable[..., argparse.Action]:
+        """A subcommand; returns the function that adds its arguments."""
+        added = commands.add_parser(name, help=text)
+        added.set_defaults(command=function)
+        return added.add_argument
 
-    refresh = commands.add_parser("refresh", help="run the notebooks and store their outputs")
-    refresh.set_defaults(command=_refresh)
-    refresh.add_argument("--only", metavar="NN", help="only notebooks whose name starts so")
+    add = command("figures", _figures, "draw the figures that are out of date")
+    add("--force", action="store_true", help="draw all of them")
+    add("--only", metavar="NN", help="only notebooks whose name starts so")
 
-    run = commands.add_parser("run", help="run one notebook, with other parameters if given")
-    run.set_defaults(command=_run)
-    run.add_argument("notebook", metavar="NOTEBOOK", help="a path, or the start of a name (03)")
-    run.add_argument("-p", dest="parameters", nargs="+", action=_Parameter, default=[])
-    run.add_argument("--output", type=Path, metavar="FILE", help="the executed copy")
+    add = command("refresh", _refresh, "run the notebooks and store their outputs")
+    add("--only", metavar="NN", help="only notebooks whose name starts so")
 
-    fetch = commands.add_parser("fetch", help="bring a model's files to this machine")
-    fetch.set_defaults(command=_fetch)
-    fetch.add_argument("model", metavar="MODEL", nargs="?", help="default: the notebooks'")
+    add = command("run", _run, "run one notebook, with other parameters if given")
+    add("notebook", metavar="NOTEBOOK", help="a path, or the start of a name (03)")
+    add("-p", dest="parameters", nargs="+", action=_Parameter, default=[])
+    add("--output", type=Path, metavar="FILE", help="the executed copy")
 
-    models = commands.add_parser("models", help="list the catalogue of models")
-    models.set_defaults(command=_models)
+    add = command("fetch", _fetch, "bring a model's files to this machine")
+    add("model", metavar="MODEL", nargs="?", help="default: the notebooks'")
 
-    spectra = commands.add_parser("spectra", help="compute and store top singular values")
-    spectra.set_defaults(command=_spectra)
+    command("models", _models, "list the catalogue of models")
+
+    add = command("spectra", _spectra, "compute and store top singular values")
     what = "catalogue name, hub id (hf://... to leave the weights there), folder or file"
-    spectra.add_argument("model", metavar="MODEL", help=what)
-    spectra.add_argument("--rank", type=int, default=16, metavar="R")
-    spectra.add_argument("--out", type=Path, required=True, metavar="FILE")
-    spectra.add_argument("--layers", type=_layers, metavar="0-9,20", help="default: all")
-    types = {"type": _types, "default": TYPES, "metavar": "q,k"}
-    spectra.add_argument("--types", **types, help="default: all")
-    shard = {"type": _shard, "default": (1, 1), "metavar": "I/N"}
-    spectra.add_argument("--shard", **shard, help="the I-th of N equal jobs; then `wdlib merge`")
-    spectra.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes")
-    spectra.add_argument("--device", default="cpu", help="cpu, cuda or mps, for the product")
+    add("model", metavar="MODEL", help=what)
+    add("--rank", type=int, default=16, metavar="R")
+    add("--out", type=Path, required=True, metavar="FILE")
+    add("--layers", type=_layers, metavar="0-9,20", help="default: all")
+    add("--types", type=_types, default=TYPES, metavar="q,k", help="default: all")
+    dealt = "the I-th of N equal jobs; then `wdlib merge`"
+    add("--shard", type=_shard, default=(1, 1), metavar="I/N", help=dealt)
+    add("--workers", type=_positive, default=1, metavar="N", help="processes")
+    add("--device", default="cpu", help="cpu, cuda or mps, for the product")
 
-    merge = commands.add_parser("merge", help="join the spectra of all shards of a model")
-    merge.set_defaults(command=_merge)
-    merge.add_argument("shards", metavar="FILE", nargs="+", type=Path)
-    merge.add_argument("--out", type=Path, required=True, metavar="FILE")
+    add = command("merge", _merge, "join the spectra of all shards of a model")
+    add("shards", metavar="FILE", nargs="+", type=Path)
+    add("--out", type=Path, required=True, metavar="FILE")
 
-    characterise = commands.add_parser("characterise", help="classes and groups from spectra")
-    characterise.set_defaults(command=_characterise)
+    add = command("characterise", _characterise, "classes and groups from spectra")
     stored = "a model whose spectra are stored, or a file of `wdlib spectra`"
-    characterise.add_argument("spectra", metavar="SPECTRA", help=stored)
-    characterise.add_argument("--rank", type=int, metavar="R", help="default: all that are there")
-    characterise.add_argument("--out", type=Path, required=True, metavar="FILE")
+    add("spectra", metavar="SPECTRA", help=stored)
+    add("--rank", type=int, metavar="R", help="default: all that are there")
+    add("--out", type=Path, required=True, metavar="FILE")
 
-    text = "list spectra and characterisations in data/, and what is out of date"
-    stored = commands.add_parser("stored", help=text)
-    stored.set_defaults(command=_stored)
+    add = command("stored", _stored, "list what is in data/, and what is out of date")
     where = "where the weights of a model are, if not where the catalogue has them"
-    stored.add_argument("sources", metavar="MODEL=SOURCE", nargs="*", type=_source, help=where)
+    add("sources", metavar="MODEL=SOURCE", nargs="*", type=_source, help=where)
 
-    fingerprint = commands.add_parser("fingerprint", help="both vectors, and what model it may be")
-    fingerprint.set_defaults(command=_fingerprint)
-    fingerprint.add_argument("models", metavar="MODEL", nargs="+", help="as for spectra")
-    fingerprint.add_argument("--rank", type=int, default=16, metavar="R")
-    clusters = {"type": _positive, "default": 7, "metavar": "K"}
-    fingerprint.add_argument("--clusters", **clusters, help="of the clustering vector, default: 7")
-    fingerprint.add_argument("--family", metavar="NAME", help="to store, if it is known")
+    add = command("fingerprint", _fingerprint, "both vectors, and what model it may be")
+    add("models", metavar="MODEL", nargs="+", help="as for spectra")
+    add("--rank", type=int, default=16, metavar="R")
+    number = "of the clustering vector, default: 7"
+    add("--clusters", type=_positive, default=7, metavar="K", help=number)
+    add("--family", metavar="NAME", help="to store, if it is known")
 
-    experiments = commands.add_parser("experiments", help="run what is left of a grid of LoRA runs")
-    experiments.set_defaults(command=_experiments)
+    add = command("experiments", _experiments, "run what is left of a grid of LoRA runs")
     grid = paths.DATA / "experiments" / "grid.yaml"
-    experiments.add_argument("grid", nargs="?", type=Path, default=grid, metavar="GRID")
-    experiments.add_argument("--data-folder", type=Path, metavar="F", help="default: the hub")
-    experiments.add_argument("--only", metavar="TIER", help="a tier, or the start of keys")
-    experiments.add_argument("--dry-run", action="store_true", help="list cells and states")
-    experiments.add_argument("--threads", type=int, default=2, metavar="N", help="default: 2")
+    add("grid", nargs="?", type=Path, default=grid, metavar="GRID")
+    add("--data-folder", type=Path, metavar="F", help="default: the hub")
+    add("--only", metavar="TIER", help="a tier, or the start of keys")
+    add("--dry-run", action="store_true", help="list cells and states")
+    add("--threads", type=int, default=2, metavar="N", help="default: 2")
     return parser
 
 
@@ -281,7 +277,13 @@ def _shard(text: str) -> tuple[int, int]:
 class _Parameter(argparse.Action):
     """Collects `-p name value` and `-p name=value` as pairs."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         pair = values if len(values) == 2 else values[0].split("=", 1)
         if len(values) > 2 or len(pair) != 2:
             parser.error(f"-p takes NAME VALUE or NAME=VALUE, not {' '.join(values)!r}")

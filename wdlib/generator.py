@@ -25,7 +25,7 @@ from wdlib.distances import cosine_distances
 
 SHAPES = (0.5, 0.75)
 """Shapes of ParetoCounts that `counts_for` gives. Of sets between two types of 24 to 30 layers the
-rule of `characterize` calls nine in ten a power law with these, within one type six in ten; fewer
+rule of `characterise` calls nine in ten a power law with these, within one type six in ten; fewer
 with larger shapes. With smaller ones the counts reach N too often."""
 
 LARGEST_SCALE = 3e-4

@@ -15,9 +15,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from subprocess import DEVNULL
 from types import NoneType, UnionType
-from typing import Any, TextIO, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, TextIO, Union, get_args, get_origin
 
 from wdlib import WdlibError, paths
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 _KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
@@ -135,7 +138,7 @@ def refresh(*, only: str | None = None, progress: "Progress | None" = None) -> N
         _draw(notebook, notebook, progress or Progress(None), label)
 
 
-def normalise(notebook):
+def normalise(notebook: "NotebookNode") -> "NotebookNode":
     """The notebook without what differs from run to run or from machine to machine; in place.
 
     Kept: sources, tags, execution counts, outputs. Dropped: all other metadata (papermill's times,
@@ -168,9 +171,7 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Say something that stays."""
-        if self._stream is not None:
-            self._stream.write(f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
-            self._stream.flush()
+        self._write(f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
 
     def step(self, text: str) -> None:
         """Say something that the next step may replace, with the time since the start."""
@@ -178,14 +179,20 @@ class Progress:
         minutes, seconds = divmod(int(now - self._start), 60)
         text = f"{text}, {minutes}:{seconds:02d} elapsed"
         if self._terminal:
-            self._stream.write(f"\r\x1b[K{text}")
-            self._stream.flush()
+            self._write(f"\r\x1b[K{text}")
         elif now - self._last >= 5:
             self._last = now
             self.line(text)
 
+    def _write(self, text: str) -> None:
+        if self._stream is not None:
+            self._stream.write(text)
+            self._stream.flush()
 
-def _execute(notebook: Path, parameters: dict, failed: Path, on_cell: Callable | None):
+
+def _execute(
+    notebook: Path, parameters: dict, failed: Path, on_cell: Callable | None
+) -> "NotebookNode":
     """Run a notebook through papermill: return it with outputs, or leave it at `failed`."""
     import papermill
     from nbclient.exceptions import CellControlSignal, DeadKernelError
@@ -194,7 +201,7 @@ def _execute(notebook: Path, parameters: dict, failed: Path, on_cell: Callable |
     source = _read(notebook)
     total = len(source.cells) + bool(parameters)
 
-    def cell_starts(cell, cell_index):
+    def cell_starts(cell: object, cell_index: int) -> None:
         if on_cell is not None:
             on_cell(cell_index + 1, total)
 
@@ -236,18 +243,19 @@ def _this_interpreter() -> type:
     from traitlets import default
 
     class ThisInterpreter(KernelSpecManager):
-        def get_kernel_spec(self, kernel_name):
+        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
             return KernelSpec(**get_kernel_dict())
 
     class Manager(AsyncKernelManager):
         @default("kernel_spec_manager")
-        def _this_interpreter(self):
+        def _this_interpreter(self) -> KernelSpecManager:
             return ThisInterpreter(parent=self)
 
-        async def start_kernel(self, **options):
+        # The base class assigns its own, from a function that is not async.
+        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
             # What the cells write to stderr comes over the channels. Left on the process's own
             # stderr are the debugger's and the transport's start-up notices.
-            return await super().start_kernel(stderr=DEVNULL, **options)
+            await super().start_kernel(stderr=DEVNULL, **options)
 
     return Manager
 
@@ -372,7 +380,7 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _read(notebook: str | Path):
+def _read(notebook: str | Path) -> "NotebookNode":
     import nbformat
 
     try:
@@ -383,7 +391,7 @@ def _read(notebook: str | Path):
         raise WdlibError(f"{notebook} is not a Jupyter notebook") from None
 
 
-def _write_notebook(notebook, path: Path) -> None:
+def _write_notebook(notebook: "NotebookNode", path: Path) -> None:
     import nbformat
 
     paths.write_text(path, nbformat.writes(notebook) + "\n")

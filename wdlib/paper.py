@@ -3,8 +3,7 @@
 Ye, Li, Xu, "Exploring and Reshaping the Weight Distribution in LLM", arXiv 2509.00046, and
 Ye, Tian, Gao, Li, "Analysis on distribution and clustering of weight", arXiv 2509.19122.
 
-Taken from docs/method.md, which is all that is known of their texts here: `section` is None where
-the place in the paper is not known.
+Taken from docs/method.md, which is all that is known of their texts here.
 """
 
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ class Claim:
     """One statement of a paper.
 
     id: unique, stable, for tables and tests.
-    paper: arXiv number; section: section or figure, None if not known.
+    paper: arXiv number.
     statement: what the paper says, in our words.
     value: the number, or the pairs of types, that it says it with; None for a statement in words.
     model: the model or family it says it of, None if of all.
@@ -34,7 +33,6 @@ class Claim:
     id: str
     paper: str
     statement: str
-    section: str | None = None
     value: float | tuple[tuple[str, str], ...] | None = None
     model: str | None = None
     rank: int | None = None

@@ -5,6 +5,7 @@ beside the package. Two environment variables move what is written: `WDLIB_CACHE
 intermediate results, `WDLIB_FIGURES` the figures.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -40,6 +41,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -5,10 +5,9 @@ is always a confidence level: a test at `level` 0.95 errs in 5 % of the cases in
 differs. All tests are two-sided. Differences are first minus second, and shares, not percent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, sqrt
-from typing import overload
 
 import numpy as np
 from scipy import optimize, stats
@@ -56,26 +55,6 @@ class Difference:
     seeds: int
     items: int
     level: float
-
-
-def wilson(
-    successes: np.ndarray | int, n: np.ndarray | int, *, level: float = LEVEL
-) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's interval for a share.
-
-    Arguments: successes, n, counts of any shapes that broadcast.
-    Returns: (low, high), shares of the broadcast shape.
-    Raises: WdlibError unless 0 <= successes <= n and n > 0.
-    Source: docs/method.md, section 8.
-    """
-    _check_shares(level=level)
-    successes, n = np.asarray(successes, float), np.asarray(n, float)
-    if not np.all((successes >= 0) & (successes <= n) & (n > 0)):
-        raise WdlibError("successes must lie between 0 and n, and n be positive: give counts")
-    z2 = stats.norm.isf((1 - level) / 2) ** 2
-    centre = (successes + z2 / 2) / (n + z2)
-    half = np.sqrt(z2 * (successes * (n - successes) / n + z2 / 4)) / (n + z2)
-    return np.maximum(centre - half, 0), np.minimum(centre + half, 1)
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
@@ -166,7 +145,7 @@ def paired_bootstrap(
     is the percentile bootstrap over items, and speaks for these runs only.
 
     Measured coverage of the 95 % interval with 3 and 5 seeds, 100 to 1172 items
-    (data/results/interval_coverage.csv, made by docs/experiments/intervals.py): 0.94 to 0.99,
+    (data/results/interval_coverage.csv, made by workflow/scripts/intervals.py): 0.94 to 0.99,
     where resampling both levels gives 0.74 to 0.98. No interval from a few seeds knows what they do
     not show: where one run in five collapses, of the first only, it covers 0.54 to 0.90 (both
     levels resampled: 0.48 to 0.84). Look at every run.
@@ -235,22 +214,16 @@ def _seed_variances(
     return np.maximum(draws[0] - draws[1], 0) / (seeds * items)
 
 
-@overload
-def holm(p_values: Mapping[str, float]) -> dict[str, float]: ...
-@overload
-def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray: ...
-def holm(p_values):
+def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
     """Holm's adjusted p-values: below 1 - level, that comparison stands within its family.
 
     Whatever the dependence, the chance that any true null hypothesis falls is at most 1 - level.
 
-    Arguments: p_values (m,), or a mapping from a comparison's name.
-    Returns: the same form, in the same order.
+    Arguments: p_values (m,).
+    Returns: (m,), in the same order.
     Raises: WdlibError for a p-value outside 0 to 1.
     Source: docs/method.md, section 8.
     """
-    if isinstance(p_values, Mapping):
-        return dict(zip(p_values, holm(list(p_values.values())).tolist(), strict=True))
     p = np.asarray(p_values, float)
     if p.ndim != 1 or not np.all((p >= 0) & (p <= 1)):
         raise WdlibError(
@@ -319,17 +292,17 @@ def minimum_detectable_effect(
     Raises: WdlibError unless exactly one of the two is given, within 0 to 1.
     Source: docs/method.md, section 8.
     """
-    _check_design(accuracy, discordance)
+    share, paired = _design(accuracy, discordance)
     _check_shares(power=power, level=level)
     if power <= 1 - level:
         raise WdlibError(f"power {power} is met without any effect: give more than {1 - level:.3g}")
 
     def excess(difference: float) -> float:
-        if discordance is None:
-            return unpaired_power(n, difference, accuracy=accuracy, level=level) - power
-        return paired_power(n, difference, discordance=discordance, level=level) - power
+        if paired:
+            return paired_power(n, difference, discordance=share, level=level) - power
+        return unpaired_power(n, difference, accuracy=share, level=level) - power
 
-    most = 1 - accuracy if discordance is None else discordance
+    most = share if paired else 1 - share
     return float(optimize.brentq(excess, 0, most)) if excess(most) >= 0 else inf
 
 
@@ -345,15 +318,14 @@ def chance_of_difference(
     Raises: WdlibError unless exactly one of the two is given, within 0 to 1.
     Source: docs/method.md, section 8.
     """
-    _check_design(accuracy, discordance)
+    share, paired = _design(accuracy, discordance)
     if items <= 0:
         return 1.0
-    if discordance is not None:
-        m, weights = _binomial(n, discordance)
+    m, weights = _binomial(n, share)
+    if paired:
         ahead = stats.binom.sf(np.ceil((m + items) / 2) - 1, m, 0.5)
     else:
-        m, weights = _binomial(n, accuracy)
-        ahead = stats.binom.sf(m + items - 1, n, accuracy)
+        ahead = stats.binom.sf(m + items - 1, n, share)
     return float(min(1.0, 2 * weights @ ahead))
 
 
@@ -365,10 +337,13 @@ def _binomial(n: int, share: float) -> tuple[np.ndarray, np.ndarray]:
     return counts[met], weights[met]
 
 
-def _check_design(accuracy: float | None, discordance: float | None) -> None:
-    if (accuracy is None) == (discordance is None):
+def _design(accuracy: float | None, discordance: float | None) -> tuple[float, bool]:
+    """The one that is given, and whether it is the discordance of paired runs."""
+    given = [share for share in (accuracy, discordance) if share is not None]
+    if len(given) != 1:
         raise WdlibError("give `discordance` for paired runs or `accuracy` for unpaired ones")
-    _check_shares(share=accuracy if discordance is None else discordance)
+    _check_shares(share=given[0])
+    return given[0], discordance is not None
 
 
 def _check_shares(**shares: float) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from wdlib import WdlibError, first_line
+from wdlib import WdlibError, first_line, paths
 from wdlib.checkpoints import hub, wheels
 from wdlib.checkpoints.catalogue import Model, catalogue_model, models
 from wdlib.checkpoints.hub import RemoteFile
@@ -137,7 +137,7 @@ def _sha256(file: Path | RemoteFile) -> str:
     if isinstance(file, RemoteFile):
         # The hub knows it of all but small files, which it keeps in git.
         return file.sha256 or hashlib.sha256(file.read(0, file.size)).hexdigest()
-    return wheels.file_sha256(file)
+    return paths.file_sha256(file)
 
 
 def _from_wheels(model: Model) -> Checkpoint:
@@ -211,7 +211,7 @@ def shards(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in names)
 
 
-def _shard_names(index: Path | RemoteFile, content: bytes) -> list[str]:
+def _shard_names(index: Path | RemoteFile, content: bytes | bytearray) -> list[str]:
     try:
         return sorted(set(json.loads(content)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -11,8 +11,8 @@ from wdlib.checkpoints.hub import RemoteFile
 
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
-EXACT = (*_FLOATS, "BF16")
-"""Data types whose values have a fixed number of bytes."""
+EXACT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of a value, for the data types that are read exactly."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def read_rows(tensor: Tensor, first: int, count: int) -> np.ndarray:
     """The bytes (rows, bytes per row) of `count` rows from row `first`, all axes but the last."""
     row = tensor.size // math.prod(tensor.shape[:-1])
     raw = np.empty((count, row), np.uint8)
-    buffer, offset = memoryview(raw).cast("B"), tensor.offset + first * row
+    buffer, offset = raw.data.cast("B"), tensor.offset + first * row
     if isinstance(tensor.file, RemoteFile):
         tensor.file.read_into(offset, buffer)
         return raw

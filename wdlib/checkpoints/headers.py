@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import mmap
-import re
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,10 +32,10 @@ class Geometry:
 def read_headers(checkpoint: Checkpoint) -> tuple[Geometry, dict[str, Tensor]]:
     """Geometry and table of tensors of all files of a checkpoint."""
     first = checkpoint.files[0]
-    if first.suffix == ".gguf":
+    if isinstance(first, Path) and first.suffix == ".gguf":
         metadata, tensors = gguf_header(first)
         return _geometry_of_gguf(metadata), tensors
-    config = checkpoint.config
+    config: Path | RemoteFile | None = checkpoint.config
     if isinstance(first, Path) and (first.parent / "config.json").is_file():
         config = first.parent / "config.json"
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
@@ -104,9 +103,8 @@ def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
             f"The header of {path} is corrupt ({error!r}): download it again."
         ) from error
     for tensor in table.values():
-        bits = re.search(r"\d+", tensor.dtype)
-        wanted = math.prod(tensor.shape) * int(bits[0]) // 8 if tensor.dtype in EXACT else None
-        _check_extent(tensor, size, wanted)
+        value = EXACT.get(tensor.dtype)
+        _check_extent(tensor, size, value and value * math.prod(tensor.shape))
     return table
 
 

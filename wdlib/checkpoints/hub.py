@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from wdlib import WdlibError, first_line
 
@@ -133,7 +134,7 @@ def files(repository: str, revision: str | None = None) -> dict[str, RemoteFile]
     return {
         file.rfilename: RemoteFile(
             repository,
-            info.sha,
+            info.sha or "",
             file.rfilename,
             file.size or 0,
             file.lfs.sha256 if file.lfs else "",
@@ -199,7 +200,7 @@ class _Attempts:
         time.sleep(wait)
 
 
-def _asked(response: object) -> float | None:
+def _asked(response: Any) -> float | None:
     """The seconds that an answer asks to wait for (`Retry-After`, or the hub's `RateLimit`)."""
     from huggingface_hub.utils import parse_ratelimit_headers
 

@@ -7,7 +7,7 @@ in use, the bytes of the next are being read.
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -59,13 +59,15 @@ def read_all(parts: Sequence[Part]) -> Iterator[Projection]:
     Raises WdlibError as `projections` does.
     """
     with ThreadPoolExecutor(1) as pool:
-        ahead = None
+        ahead: Future[np.ndarray] | None = None
         for part, following in zip_longest(parts, parts[1:]):
             ahead = ahead or pool.submit(read_rows, part.tensor, *part.rows)
             made = [_projection(part, ahead.result())]
             # Only now: two matrices as stored and one in float32 would be the peak otherwise.
-            if following is None or (following.tensor, following.rows) != (part.tensor, part.rows):
-                ahead = following and pool.submit(read_rows, following.tensor, *following.rows)
+            if following is None:
+                ahead = None
+            elif (following.tensor, following.rows) != (part.tensor, part.rows):
+                ahead = pool.submit(read_rows, following.tensor, *following.rows)
             yield made.pop()  # a variable of this function would keep it alive
 
 

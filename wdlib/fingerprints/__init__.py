@@ -7,12 +7,13 @@ and largest singular values of every matrix, and the two vectors that follow fro
 
 from wdlib.fingerprints import clusters, identity, movement, values
 from wdlib.fingerprints.identity import identify
-from wdlib.fingerprints.record import Fingerprint, check, library, of, save, shipped
+from wdlib.fingerprints.record import Fingerprint, check, compute, library, of, save, shipped
 
 __all__ = [
     "Fingerprint",
     "check",
     "clusters",
+    "compute",
     "identify",
     "identity",
     "library",

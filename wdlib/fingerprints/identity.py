@@ -173,11 +173,11 @@ def report(fingerprint: Fingerprint, seen: Sequence[Neighbour]) -> str:
     rows.append(("standard deviation", *(f"{f.deviations[t]:.3g}" for t in types)))
     rows.append(("normalised", *(f"{v:.3f}" for v in f.deviation_vector().values())))
     shares = np.stack(list(f.clustering_vector().values()), axis=1)
-    for number, row in enumerate(shares):
-        rows.append((f"share in cluster {number}", *(f"{v:.2f}" for v in row)))
+    for i, row in enumerate(shares):
+        rows.append((f"share in cluster {i}", *(f"{v:.2f}" for v in row)))
     family = f.family or "family not known"
     fewest = min(len(parts) for parts in f.moments.values())
-    number = f"{fewest} to {f.matrices}" if fewest < f.matrices else f.matrices
+    number = f"{fewest} to {f.matrices}" if fewest < f.matrices else f"{fewest}"
     lines = [f"{f.model}: {family}, {number} matrices of each type, rank {f.rank}"]
     lines += ["".join([row[0].ljust(20), *(text.rjust(8) for text in row[1:])]) for row in rows]
     if not seen:

@@ -1,8 +1,7 @@
 """What training moves in a fingerprint, against what a seed moves."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import permutations as _orders
 
 import numpy as np
 
@@ -66,8 +65,8 @@ class Effect:
     moved: distance from before to after training, over the distance between two seeds.
     data: distance between runs of other data and other seeds, over the distance between two seeds:
     1 where the data do not matter.
-    p: share of the ways to exchange the data sets within each seed whose seeds agree at least as
-    well. smallest: the p that the best result could reach with these runs.
+    p: permutation p-value; data labels are permuted within seeds. smallest: the p that the best
+    result could reach with these runs.
     seeds, data_sets: how many are compared, those of which there is every combination.
     """
 
@@ -98,8 +97,33 @@ def effect(
     the n runs; seeds that a data set lacks are left out.
     Raises: WdlibError for less than two data sets with two seeds in common.
     """
-    from scipy.stats import t as student
+    from scipy.stats import permutation_test
 
+    table, runs = np.asarray(distances, dtype=np.float64), _common_runs(data, seeds)
+
+    def moved(runs: np.ndarray) -> float:
+        return _ratio(table[0, runs].mean(), _across_seeds(table, runs)[0])
+
+    def by_data(runs: np.ndarray) -> float:
+        same, other = _across_seeds(table, runs)
+        return _ratio(other, same)
+
+    test = permutation_test(
+        tuple(runs.T),
+        lambda *columns: _across_seeds(table, np.stack(columns, axis=1))[0],
+        permutation_type="samples",
+        alternative="less",
+        n_resamples=permutations,
+        rng=0,
+    )
+    chance = test.null_distribution
+    smallest = float(np.isclose(chance, chance.min(), rtol=1e-9, atol=0).mean())
+    of_seeds, of_data = (_jackknifed(statistic, runs, level) for statistic in (moved, by_data))
+    return Effect(of_seeds, of_data, float(test.pvalue), smallest, len(runs), len(runs.T))
+
+
+def _common_runs(data: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+    """The rows of the table that are of seeds which every data set has: (seeds, data sets)."""
     place = {pair: i for i, pair in enumerate(zip(data, seeds, strict=True), start=1)}
     kinds = list(dict.fromkeys(data))
     common = [s for s in dict.fromkeys(seeds) if all((kind, s) in place for kind in kinds)]
@@ -108,27 +132,24 @@ def effect(
             f"{len(kinds)} data sets with {len(common)} seeds in common cannot tell data from "
             "seed: train two data sets with two equal seeds at least"
         )
-    runs = np.array([[place[kind, s] for kind in kinds] for s in common])
-    table = np.asarray(distances, dtype=np.float64)
+    return np.array([[place[kind, s] for kind in kinds] for s in common])
 
-    def ratios(runs: np.ndarray) -> np.ndarray:
-        same, other = _across_seeds(table, runs)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.array([table[0, runs].mean(), other]) / same
 
-    found, number = ratios(runs), len(runs)
-    low, high = np.full((2, 2), np.nan)
-    without = [ratios(np.delete(runs, i, axis=0)) for i in range(number)] if number > 2 else [[0]]
-    if np.isfinite(without).all() and np.min(without) > 0:
-        error = np.log(without).std(axis=0) * np.sqrt(number - 1)
-        half = student.isf((1 - level) / 2, number - 1) * error
-        low, high = found * np.exp(-half), found * np.exp(half)
-    within = [_across_seeds(table, r)[0] for r in _exchanged(runs, permutations)]
-    agree = np.isclose(within, within[0], rtol=1e-9, atol=0) | (np.array(within) < within[0])
-    best = np.isclose(within, min(within), rtol=1e-9, atol=0)
-    moved, of_data = (Ratio(*map(float, row)) for row in zip(found, low, high, strict=True))
-    p, smallest = float(agree.mean()), float(best.mean())
-    return Effect(moved, of_data, p, smallest, number, len(kinds))
+def _ratio(a: float, b: float) -> float:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.divide(a, b))
+
+
+def _jackknifed(statistic: Callable[[np.ndarray], float], rows: np.ndarray, level: float) -> Ratio:
+    """A ratio of the rows with the interval of its logarithm, Student's t on the jackknife."""
+    from scipy.stats import t as student
+
+    found, n = statistic(rows), len(rows)
+    without = np.array([statistic(np.delete(rows, i, axis=0)) for i in range(n) if n > 2])
+    if not len(without) or not np.isfinite(without).all() or without.min() <= 0:
+        return Ratio(found, np.nan, np.nan)
+    half = student.isf((1 - level) / 2, n - 1) * np.log(without).std() * np.sqrt(n - 1)
+    return Ratio(found, float(found * np.exp(-half)), float(found * np.exp(half)))
 
 
 def _across_seeds(table: np.ndarray, runs: np.ndarray) -> tuple[float, float]:
@@ -139,14 +160,3 @@ def _across_seeds(table: np.ndarray, runs: np.ndarray) -> tuple[float, float]:
     same_data = np.eye(kinds, dtype=bool)[None, :, None, :]
     same, other = (block[other_seed & mask] for mask in (same_data, ~same_data))
     return float(same.mean()), float(other.mean())
-
-
-def _exchanged(runs: np.ndarray, most: int) -> Iterable[np.ndarray]:
-    """The runs with the data sets exchanged within each seed but the first, as they are first."""
-    seeds, kinds = runs.shape
-    orders = np.array(list(_orders(range(kinds))))
-    ways = len(orders) ** (seeds - 1)
-    rng = np.random.default_rng(0)
-    for way in range(ways) if ways <= most else [0, *rng.integers(ways, size=most)]:
-        chosen = [0, *(way // len(orders) ** i % len(orders) for i in range(seeds - 1))]
-        yield np.take_along_axis(runs, orders[chosen], axis=1)

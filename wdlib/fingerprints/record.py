@@ -193,13 +193,13 @@ def of(model: str | Path, *, rank: int = RANK, k: int = K) -> Fingerprint:
     Raises: WdlibError as `compute` does.
     """
     check(model, rank=rank, k=k)
-    if shipped := _shipped(model):
-        kept = load(shipped)
-        if rank > kept.rank:
-            values = jobs.of(model, rank).values
-            found = cluster(values, k=k)
-            return kept._remade(values, found, f"fingerprints.of(rank={rank}, k={k})")
-        return kept.clustered(rank=rank, k=k)
+    if file := _shipped(model):
+        known = load(file)
+        if rank <= known.rank:
+            return known.clustered(rank=rank, k=k)
+        values = jobs.of(model, rank).values
+        found = cluster(values, k=k)
+        return known._remade(values, found, f"fingerprints.of(rank={rank}, k={k})")
     checkpoint = files.resolve(model)
     path = _own(checkpoint.name, files.content_hash(checkpoint))
     kept = load(path) if path.is_file() else None

@@ -49,14 +49,14 @@ def moments(matrix: np.ndarray) -> Moments:
     unless it is not contiguous.
     """
     flat = np.asarray(matrix).ravel(order="K")
-    total = None
-    for start in range(0, flat.size, BLOCK):
-        block = flat[start : start + BLOCK].astype(np.float64)
-        mean = block.mean()
-        block -= mean
-        part = Moments(block.size, float(mean), float(block @ block))
-        total = part if total is None else total + part
-    return total
+    return pooled(_of_block(flat[i : i + BLOCK]) for i in range(0, flat.size, BLOCK))
+
+
+def _of_block(values: np.ndarray) -> Moments:
+    block = values.astype(np.float64)
+    mean = block.mean()
+    block -= mean
+    return Moments(block.size, float(mean), float(block @ block))
 
 
 def pooled(parts: Iterable[Moments]) -> Moments:
@@ -184,7 +184,7 @@ def value_tables(model: str | Path) -> tuple[list[dict], list[dict]]:
 
     Returns: rows with model, type, value (in standard deviations) and density; and rows with model,
     type, n, excess kurtosis and tail ratio.
-    Raises: WdlibError as `weights.value_distributions` does.
+    Raises: WdlibError as `value_distributions` does.
     Source: arXiv 2509.19122, figures 1 and 2.
     """
     densities, shapes = [], []

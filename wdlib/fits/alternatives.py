@@ -1,4 +1,4 @@
-"""What else a set of distances may follow: rivals of the power law, all on the same support.
+"""What else a set of distances may follow: alternatives to the power law, all on the same support.
 
 Every family is renormalised on x >= xmin, and fitted there by maximum likelihood. With x = xmin e^w
 the densities in x are, up to the factor that makes them integrate to one,
@@ -13,9 +13,9 @@ normal                 e^(-(x - mu)^2 / (2 sigma^2))
 
 Each likelihood is concave in the right parameters, so its maximum is unique and no search has to be
 started more than once. It may lie in the limit of a family: lognormal, stretched_exponential and
-truncated_power_law all contain the power law as a limit, normal the exponential. `RivalFit.limit`
-then names the law that is reached. By the likelihood alone a power law can thus never beat these
-three; the question is whether they beat it, and `compare` tests that.
+truncated_power_law all contain the power law as a limit, normal the exponential.
+`AlternativeFit.limit` then names the law that is reached. By the likelihood alone a power law can
+thus never beat these three; the question is whether they beat it, and `compare` tests that.
 
 `xmin` is a positive number, or 0 (all positive values, on the support (0, inf), for the families
 that can be normalised there: not the two power laws), or None: the smallest positive value.
@@ -24,8 +24,9 @@ Sources: Clauset, Shalizi, Newman, arXiv 0706.1062, table 2.1 and section 5; Vuo
 (1989), 307.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy import optimize, special
@@ -60,12 +61,12 @@ CONTAINED = {("exponential", "stretched_exponential"), ("exponential", "gamma")}
 class AlternativeFit:
     """One family fitted to the values of at least xmin.
 
-    name: one of `RIVALS`. parameters: by the names in the head of this module; rate in 1 / unit of
-        the data, scale and sigma and mu of `normal` in that unit, the rest without.
+    name: one of `ALTERNATIVES`. parameters: by the names in the head of this module; rate in 1 /
+        unit of the data, scale and sigma and mu of `normal` in that unit, the rest without.
     limit: None, or the family that the fit runs into (see the head); `parameters` are then that
         family's, and so are likelihood, density and ccdf.
     loglikelihood: natural logarithm, of all n values. n: values of at least xmin. xmin: start of
-        the support, 0 for (0, inf). converged: whether the slope at the maximum vanishes.
+        the support, 0 for (0, inf).
     """
 
     name: str
@@ -73,7 +74,6 @@ class AlternativeFit:
     loglikelihood: float
     n: int
     xmin: float
-    converged: bool
     limit: str | None = None
 
 
@@ -116,7 +116,7 @@ class VectorComparison:
 
 
 def fit(x: np.ndarray, name: str, *, xmin: float | None = None) -> AlternativeFit:
-    """Fit one family of `RIVALS` to the values of at least `xmin` by maximum likelihood.
+    """Fit one family of `ALTERNATIVES` to the values of at least `xmin` by maximum likelihood.
 
     Arguments: x, one axis or more, non-negative, of any unit; xmin, in that unit: see the head of
     this module.
@@ -132,23 +132,16 @@ def fit(x: np.ndarray, name: str, *, xmin: float | None = None) -> AlternativeFi
     tail, xmin = _tail(x, xmin)
     if xmin == 0 and name.endswith("power_law"):
         raise WdlibError(f"{name} cannot be normalised on (0, inf): give an xmin above 0, or None")
-    parameters, converged = _ESTIMATORS[name](tail, xmin)
-    limit = None
-    if parameters is None:
-        limit = LIMITS[name]
-        parameters, converged = _ESTIMATORS[limit](tail, xmin)
+    found = _ESTIMATORS[name](tail, xmin)
+    limit = LIMITS[name] if found is None else None
+    parameters = found or _ESTIMATORS[LIMITS[name]](tail, xmin) or {}
     loglikelihood = float(_logpdf(limit or name, parameters, xmin, tail).sum())
-    return AlternativeFit(name, parameters, loglikelihood, tail.size, xmin, converged, limit)
+    return AlternativeFit(name, parameters, loglikelihood, tail.size, xmin, limit)
 
 
 def logpdf(fit: AlternativeFit, x: np.ndarray) -> np.ndarray:
     """Logarithm of the density of a fitted family, -inf below its xmin; in the shape of `x`."""
     return _on_support(fit, x, _logpdf, -np.inf)
-
-
-def pdf(fit: AlternativeFit, x: np.ndarray) -> np.ndarray:
-    """Density of a fitted family in 1 / unit of the data, 0 below its xmin; in the shape of `x`."""
-    return np.exp(logpdf(fit, x))
 
 
 def ccdf(fit: AlternativeFit, x: np.ndarray) -> np.ndarray:
@@ -168,8 +161,8 @@ def compare(x: np.ndarray, a: str, b: str, *, xmin: float | None = None) -> Comp
     power law that is only near: a true power law of alpha 1.5 gives p < 0.05 in 13 of 100 draws of
     400 values, one of alpha 2.5 in 7.
 
-    Arguments: as `fit_rival`.
-    Raises: WdlibError as `fit_rival` does.
+    Arguments: as `fit`.
+    Raises: WdlibError as `fit` does.
     Source: Vuong 1989, equation 5.6 (no correction for the number of parameters).
     Differs from `powerlaw`: that takes families as nested by their names alone, and p for those
     from the whole chi-square.
@@ -206,9 +199,9 @@ def compare_vectors(
 ) -> VectorComparison:
     """The likelihood ratio of two families as whole vectors are resampled.
 
-    Arguments: table, symmetric: as `fits.vector_bootstrap`; the rest as `fit_rival`. xmin is that
+    Arguments: table, symmetric: as `fits.vector_bootstrap`; the rest as `fit`. xmin is that
     of the data in every resample.
-    Raises: WdlibError as `fit_rival` does, also where a resample is left with too few values.
+    Raises: WdlibError as `fit` does, also where a resample is left with too few values.
     """
     tail, xmin = _tail(table_distances(table, symmetric), xmin)
     rng = np.random.default_rng(seed)
@@ -225,6 +218,8 @@ def compare_vectors(
         seed=seed,
     )
 
+
+_Real = TypeVar("_Real", float, np.ndarray)
 
 _SAME = 1e-10  # two log-densities of one law, reached by two ways, differ by less in the mean
 
@@ -244,7 +239,12 @@ def _tail(x: np.ndarray, xmin: float | None) -> tuple[np.ndarray, float]:
     return tail, float(xmin)
 
 
-def _on_support(fit: AlternativeFit, x: np.ndarray, function, outside: float) -> np.ndarray:
+_Function = Callable[[str, Mapping[str, float], float, np.ndarray], np.ndarray]
+
+
+def _on_support(
+    fit: AlternativeFit, x: np.ndarray, function: _Function, outside: float
+) -> np.ndarray:
     x = np.asarray(x, dtype=np.float64)
     inside = (x >= fit.xmin) & (x > 0)
     values = np.full(x.shape, outside)
@@ -261,7 +261,7 @@ def _logsf(name: str, parameters: Mapping, xmin: float, x: np.ndarray) -> np.nda
     return mass(x) - _log_mass(name, parameters, xmin, xmin)
 
 
-def _log_kernel(name: str, parameters: Mapping, xmin: float, x: np.ndarray) -> np.ndarray:
+def _log_kernel(name: str, parameters: Mapping, xmin: float, x: _Real) -> _Real:
     """Logarithm of the density up to a factor."""
     match name, dict(parameters):
         case "power_law", {"alpha": alpha}:
@@ -278,6 +278,7 @@ def _log_kernel(name: str, parameters: Mapping, xmin: float, x: np.ndarray) -> n
             return -np.log(x) - ((np.log(x) - mu) / sigma) ** 2 / 2
         case "normal", {"mu": mu, "sigma": sigma}:
             return -(((x - mu) / sigma) ** 2) / 2
+    raise ValueError(name)
 
 
 def _log_mass(name: str, parameters: Mapping, xmin: float, lower: float) -> float:
@@ -302,9 +303,10 @@ def _log_mass(name: str, parameters: Mapping, xmin: float, lower: float) -> floa
             return np.log(sigma * np.sqrt(2 * np.pi)) + special.log_ndtr(-z)
         case "normal", {"mu": mu, "sigma": sigma}:
             return np.log(sigma * np.sqrt(2 * np.pi)) + special.log_ndtr((mu - lower) / sigma)
+    raise ValueError(name)
 
 
-def _power_gap(x: np.ndarray, xmin: float, shape: float, scale: float) -> np.ndarray:
+def _power_gap(x: _Real, xmin: float, shape: float, scale: float) -> _Real:
     """(x / scale)^shape - (xmin / scale)^shape, without cancellation."""
     with np.errstate(over="ignore"):  # so far out, the density is 0
         if xmin == 0:
@@ -322,7 +324,7 @@ def _log_integral(a: float, s: float) -> tuple[float, np.ndarray, np.ndarray]:
     Returns: the logarithm; mean (2,) and covariance (2, 2) of w and s (e^w - 1) under it.
     """
 
-    def exponent(w: float | np.ndarray) -> float | np.ndarray:
+    def exponent(w: _Real) -> _Real:
         return a * w - s * np.expm1(w)
 
     peak = np.log(a / s) if a > s else 0.0
@@ -349,25 +351,29 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(160)
 _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
 
 
-def _fit_power_law(tail: np.ndarray, xmin: float) -> tuple[dict, bool]:
-    return {"alpha": float(1 + 1 / np.log(tail / xmin).mean())}, True
+_Parameters = dict[str, float]
+"""By name; None in place of them stands for the limit of a family."""
 
 
-def _fit_exponential(tail: np.ndarray, xmin: float) -> tuple[dict, bool]:
-    return {"rate": float(1 / (tail - xmin).mean())}, True
+def _fit_power_law(tail: np.ndarray, xmin: float) -> _Parameters:
+    return {"alpha": float(1 + 1 / np.log(tail / xmin).mean())}
 
 
-def _fit_lognormal(tail: np.ndarray, xmin: float) -> tuple[dict | None, bool]:
+def _fit_exponential(tail: np.ndarray, xmin: float) -> _Parameters:
+    return {"rate": float(1 / (tail - xmin).mean())}
+
+
+def _fit_lognormal(tail: np.ndarray, xmin: float) -> _Parameters | None:
     if xmin == 0:
         logs = np.log(tail)
-        return {"mu": float(logs.mean()), "sigma": float(logs.std())}, True
+        return {"mu": float(logs.mean()), "sigma": float(logs.std())}
     found = _truncated_normal(np.log(tail / xmin))
-    return found and {"mu": float(np.log(xmin) + found[0]), "sigma": found[1]}, True
+    return found and {"mu": float(np.log(xmin) + found[0]), "sigma": found[1]}
 
 
-def _fit_normal(tail: np.ndarray, xmin: float) -> tuple[dict | None, bool]:
+def _fit_normal(tail: np.ndarray, xmin: float) -> _Parameters | None:
     found = _truncated_normal(tail - xmin)
-    return found and {"mu": xmin + found[0], "sigma": found[1]}, True
+    return found and {"mu": xmin + found[0], "sigma": found[1]}
 
 
 def _truncated_normal(z: np.ndarray) -> tuple[float, float] | None:
@@ -400,7 +406,7 @@ def _mean(t: float) -> float:
 _FAR = -100.0  # beyond, a truncated normal law is the exponential to 1e-4, and `_mean` loses digits
 
 
-def _fit_stretched(tail: np.ndarray, xmin: float) -> tuple[dict | None, bool]:
+def _fit_stretched(tail: np.ndarray, xmin: float) -> _Parameters | None:
     """With the shape given, x^shape is exponential; the profile likelihood is concave in shape."""
     unit = xmin or np.exp(np.log(tail).mean())
     w = np.log(tail / unit)
@@ -415,7 +421,7 @@ def _fit_stretched(tail: np.ndarray, xmin: float) -> tuple[dict | None, bool]:
         return 1 / shape + w.mean() - (w * grown).mean() / gap.mean()
 
     if xmin and (w**2).mean() >= 2 * w.mean() ** 2:
-        return None, True
+        return None
     lower = upper = 1 / largest if xmin else 1 / w.std()
     while score(upper) > 0:
         upper *= 2
@@ -424,47 +430,47 @@ def _fit_stretched(tail: np.ndarray, xmin: float) -> tuple[dict | None, bool]:
     shape = optimize.brentq(score, lower, upper, xtol=1e-14)
     log_scale = largest + np.log(weights(shape)[1].mean()) / shape
     if log_scale < -600:
-        return None, True
-    return {"shape": float(shape), "scale": float(unit * np.exp(log_scale))}, True
+        return None
+    return {"shape": float(shape), "scale": float(unit * np.exp(log_scale))}
 
 
-def _fit_truncated(tail: np.ndarray, xmin: float) -> tuple[dict | None, bool]:
+def _fit_truncated(tail: np.ndarray, xmin: float) -> _Parameters | None:
     w = np.log(tail / xmin)
     growth = np.expm1(w).mean()
     alpha = 1 + 1 / w.mean()
     if alpha > 2 and growth >= 1 / (alpha - 2):
-        return None, True
-    a, s, converged = _incomplete_gamma(w.mean(), growth)
+        return None
+    a, s = _incomplete_gamma(w.mean(), growth)
     if a > 1:
-        a, s, converged = 1.0, 1 / growth, True
-    return {"alpha": 1 - a, "rate": float(s / xmin)}, converged
+        a, s = 1.0, 1 / growth
+    return {"alpha": 1 - a, "rate": float(s / xmin)}
 
 
-def _fit_gamma(tail: np.ndarray, xmin: float) -> tuple[dict, bool]:
+def _fit_gamma(tail: np.ndarray, xmin: float) -> _Parameters:
     if xmin == 0:
         mean = tail.mean()
         gap = np.log(mean) - np.log(tail).mean()
         shape = optimize.brentq(
             lambda k: np.log(k) - special.digamma(k) - gap, 0.4 / gap, 1.1 / gap, xtol=1e-14
         )
-        return {"shape": float(shape), "rate": float(shape / mean)}, True
+        return {"shape": float(shape), "rate": float(shape / mean)}
     w = np.log(tail / xmin)
     growth = np.expm1(w).mean()
     alpha = 1 + 1 / w.mean()
     if not (alpha > 2 and growth >= 1 / (alpha - 2)):
-        a, s, converged = _incomplete_gamma(w.mean(), growth)
+        a, s = _incomplete_gamma(w.mean(), growth)
         if a >= 0:
-            return {"shape": a, "rate": float(s / xmin)}, converged
+            return {"shape": a, "rate": float(s / xmin)}
     log_s = optimize.brentq(
         lambda u: _log_integral(0.0, np.exp(u))[1][1] / np.exp(u) - growth,
         -np.log(growth) - 40,
         -np.log(growth),
         xtol=1e-13,
     )
-    return {"shape": 0.0, "rate": float(np.exp(log_s) / xmin)}, True
+    return {"shape": 0.0, "rate": float(np.exp(log_s) / xmin)}
 
 
-def _incomplete_gamma(mean_w: float, growth: float) -> tuple[float, float, bool]:
+def _incomplete_gamma(mean_w: float, growth: float) -> tuple[float, float]:
     """a and s > 0 for which the means of w and e^w - 1 under `_log_integral` are those given.
 
     The log-likelihood a w - s (e^w - 1) - log integral is concave: Newton, halved where it does not
@@ -497,7 +503,7 @@ def _incomplete_gamma(mean_w: float, growth: float) -> tuple[float, float, bool]
         if there <= here + rounding:
             break
         (a, s), here = tried, there
-    return float(a), float(s), bool(gain < 1e3 * rounding)
+    return float(a), float(s)
 
 
 _ESTIMATORS = {

@@ -4,9 +4,9 @@
 Which estimator the paper used is not known, so a value of alpha is always given with its `method`:
 
 csn     maximum likelihood above an xmin chosen by Kolmogorov-Smirnov distance
-        (Clauset, Shalizi, Newman, SIAM Review 51, 2009, arXiv 0706.1062): `fit_power_law`
-full    maximum likelihood over all values, xmin = the smallest: `fit_full`
-loglog  least squares on a log-binned histogram: `fit_loglog`
+        (Clauset, Shalizi, Newman, SIAM Review 51, 2009, arXiv 0706.1062): `power_law`
+full    maximum likelihood over all values, xmin = the smallest: `power_law_full`
+loglog  least squares on a log-binned histogram: `power_law_loglog`
 
 Zeros (the distance between identical vectors) are outside the support of every power law. They are
 left out of the fits and counted in `n_zero`.
@@ -79,7 +79,7 @@ def power_law_full(x: np.ndarray) -> PowerLawFit:
     `scipy.stats.pareto.fit(x, floc=0)` does: shape alpha - 1 and scale xmin.
 
     Arguments: x, one axis or more, non-negative, of any unit.
-    Raises: WdlibError as `fit_power_law` does.
+    Raises: WdlibError as `power_law` does.
     """
     return _likelihood_fit(Sample.of(x), 0, "full")
 
@@ -96,7 +96,7 @@ def power_law_loglog(x: np.ndarray, *, bins_per_decade: float = 10) -> PowerLawF
     `ks` is measured against that truncated law.
 
     Arguments: x, one axis or more, non-negative, of any unit.
-    Raises: WdlibError as `fit_power_law` does, and for fewer than three bins that hold values.
+    Raises: WdlibError as `power_law` does, and for fewer than three bins that hold values.
     """
     sample = Sample.of(x)
     xmin, xmax = sample.values[0], sample.values[-1]
@@ -138,28 +138,20 @@ class AlphaByXmin:
     n_tail: np.ndarray
 
 
-def alpha_by_xmin(x: np.ndarray, xmins: np.ndarray | None = None) -> AlphaByXmin:
+def alpha_by_xmin(x: np.ndarray) -> AlphaByXmin:
     """The maximum likelihood exponent as the start of the tail moves.
 
-    Arguments: x, one axis or more, non-negative, of any unit; xmins, one axis, in the unit of x:
-    each is moved up to the next value of x. Without it, 50 values with equal numbers of distinct
-    values of x between them, from the smallest to the last that leaves ten values above.
-    Raises: WdlibError as `fit_power_law` does, and for an xmin with fewer than three distinct
-    values at or above it.
+    Fits at 50 values with equal numbers of distinct values of x between them, from the smallest to
+    the last that leaves ten values above.
+
+    Arguments: x, one axis or more, non-negative, of any unit.
+    Raises: WdlibError as `power_law` does.
     """
     sample = Sample.of(x)
-    last = sample.values.size - 3
-    if xmins is None:
-        ten_left = np.searchsorted(sample.below, sample.below[-1] - 10, side="right") - 1
-        starts = np.linspace(0, np.clip(ten_left, 0, last), 50).round().astype(int)
-    else:
-        starts = np.searchsorted(sample.values, np.asarray(xmins, dtype=np.float64))
-        if starts.size and starts.max() > last:
-            raise WdlibError(
-                f"xmin = {np.max(xmins):g} leaves fewer than three distinct values: the largest "
-                f"that can be fitted is {sample.values[last]:g}"
-            )
-    found = [_likelihood_fit(sample, int(start), "csn") for start in np.unique(starts)]
+    ten_left = np.searchsorted(sample.below, sample.below[-1] - 10, side="right") - 1
+    last = np.clip(ten_left, 0, sample.values.size - 3)
+    starts = np.unique(np.linspace(0, last, 50).round().astype(int))
+    found = [_likelihood_fit(sample, int(start), "csn") for start in starts]
     columns = ("xmin", "alpha", "sigma", "ks", "n_tail")
     return AlphaByXmin(**{name: np.array([getattr(f, name) for f in found]) for name in columns})
 

@@ -38,27 +38,27 @@ class GoodnessOfFit:
 
 
 def goodness_of_fit(x: np.ndarray, *, replicates: int = 1000, seed: int = 0) -> GoodnessOfFit:
-    """Whether independent draws follow the power law that `fit_power_law` finds in their tail.
+    """Whether independent draws follow the power law that `power_law` finds in their tail.
 
     Each replicate draws as many values as `x` has positive ones: from the fitted law with
     probability n_tail / n, else from the values below xmin, with replacement. It is fitted from the
     start, xmin included.
 
     Arguments: x, one axis or more, non-negative, of any unit.
-    Raises: WdlibError as `fit_power_law` does.
+    Raises: WdlibError as `power_law` does.
     Source: Clauset, Shalizi, Newman, arXiv 0706.1062, section 4.1.
     Differs from the source: p is counted with the data as one more replicate. Distances that share
     vectors are not independent draws: see `goodness_of_fit_vectors`.
     """
     fit = power_law(x)
-    null = _independent_null(fit, checked_distances(x), np.random.default_rng(seed))
+    null = independent_null(fit, checked_distances(x), np.random.default_rng(seed))
     return _goodness(fit, null, replicates, seed, "iid")
 
 
 def goodness_of_fit_vectors(
     table: np.ndarray, *, symmetric: bool = True, replicates: int = 1000, seed: int = 0
 ) -> GoodnessOfFit:
-    """Whether distances that share vectors follow the power law that `fit_power_law` finds in them.
+    """Whether distances that share vectors follow the power law that `power_law` finds in them.
 
     The null hypothesis is imposed on the table: every distance in the tail moves to the quantile of
     the fitted law at its rank, so that the law holds and what the vectors share stays. A replicate
@@ -72,18 +72,18 @@ def goodness_of_fit_vectors(
     distances below a level, averaged over ten levels of the tail, is that estimated from the table.
 
     Arguments: table, symmetric: as `vector_bootstrap`; non-negative.
-    Raises: WdlibError as `fit_power_law` and `vector_bootstrap` do.
+    Raises: WdlibError as `power_law` and `vector_bootstrap` do.
     Source: ours. The weights are those of Mammen, Annals of Statistics 21 (1993), 255. Size and
-    power are measured by docs/experiments/goodness_of_fit_size.py: on families that it was not
+    power are measured by workflow/scripts/goodness_of_fit_size.py: on families that it was not
     designed on it rejects up to three times too often at 5 % (docs/method.md, section 4).
     """
     fit = power_law(table_distances(table, symmetric))
     rng = np.random.default_rng(seed)
-    null = _vector_null(fit, checked_table(table, symmetric), symmetric, rng)
+    null = vector_null(fit, checked_table(table, symmetric), symmetric, rng)
     return _goodness(fit, null, replicates, seed, "vectors")
 
 
-def _independent_null(fit: PowerLawFit, x: np.ndarray, rng: np.random.Generator) -> Iterator[float]:
+def independent_null(fit: PowerLawFit, x: np.ndarray, rng: np.random.Generator) -> Iterator[float]:
     """KS distances of independent draws from a fitted law and from the data below its xmin."""
     body = x[(x > 0) & (x < fit.xmin)]
     n = body.size + fit.n_tail
@@ -94,7 +94,7 @@ def _independent_null(fit: PowerLawFit, x: np.ndarray, rng: np.random.Generator)
         yield power_law(np.concatenate([drawn, tail])).ks
 
 
-def _vector_null(
+def vector_null(
     fit: PowerLawFit, table: np.ndarray, symmetric: bool, rng: np.random.Generator
 ) -> Iterator[float]:
     """KS distances of a table that follows a fitted law, as its vectors are weighted at random."""

@@ -73,11 +73,11 @@ def vector_draws(
     """
     table = checked_table(table, symmetric)
     n, m = table.shape
-    upper = np.triu_indices(n, 1)
+    first, second = np.triu_indices(n, 1)
     for _ in range(replicates):
-        rows = rng.integers(n, size=n)
+        rows = rng.integers(n, size=(n,))
         if symmetric:
-            a, b = rows[upper[0]], rows[upper[1]]
+            a, b = rows[first], rows[second]
             yield table[a, b][a != b]
         else:
             yield table[np.ix_(rows, rng.integers(m, size=m))].ravel()

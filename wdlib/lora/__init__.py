@@ -8,6 +8,7 @@ one (`train`), its answers (`evaluate`), and a grid of such runs with their resu
 from wdlib.lora import (
     benchmarks,
     data,
+    evaluation,
     grid,
     initialisation,
     measure,
@@ -31,6 +32,7 @@ __all__ = [
     "benchmarks",
     "data",
     "evaluate",
+    "evaluation",
     "export",
     "grid",
     "initialisation",

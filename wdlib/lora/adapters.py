@@ -1,20 +1,21 @@
 """The LoRA layers of a peft model, and the adapter as a file."""
 
 import copy
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wdlib import TYPES, WdlibError, paths
 from wdlib.checkpoints.architectures import tensor_role
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
+    from peft import LoraConfig, PeftModel
 
 
 EDIT_BASE = ("pissa", "olora")
@@ -43,13 +44,29 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer that is or will be adapted: module is the base layer."""
+    """A linear layer that is or will be adapted: module is the base layer, with its weight."""
 
     name: str
     layer: int
     type: str
     expert: int | None
-    module: "torch.nn.Module"
+    module: Any
+
+
+@contextmanager
+def expected_peft_warnings() -> Iterator[None]:
+    """Silences what peft 0.21 is bound to say: it asks transformers 5 for a renamed attribute."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
+def load(model: "torch.nn.Module", folder: str | Path) -> "PeftModel":
+    """The model with the adapter that `export` wrote to a folder."""
+    from peft import PeftModel
+
+    with expected_peft_warnings():
+        return PeftModel.from_pretrained(model, folder)
 
 
 def export(peft_model: "PeftModel", folder: str | Path) -> Path:
@@ -70,9 +87,15 @@ def export(peft_model: "PeftModel", folder: str | Path) -> Path:
     if not isinstance(peft_model, PeftModel):
         raise WdlibError(f"a {type(peft_model).__name__} is no PeftModel: nothing to export")
     config = copy.deepcopy(plain_config(peft_model))
-    state = _state(get_peft_model_state_dict, peft_model, ADAPTER)
+
+    def state_of(adapter: str) -> dict[str, torch.Tensor]:
+        return get_peft_model_state_dict(
+            peft_model, adapter_name=adapter, save_embedding_layers=False
+        )
+
+    state = state_of(ADAPTER)
     if START in peft_model.peft_config:
-        start = _state(get_peft_model_state_dict, peft_model, START)
+        start = state_of(START)
         scaling = config.lora_alpha / config.r
         for key in start:
             a = ".lora_A." in key
@@ -81,7 +104,8 @@ def export(peft_model: "PeftModel", folder: str | Path) -> Path:
         config.r *= 2
         config.lora_alpha = config.r
     config.init_lora_weights, config.inference_mode = True, True
-    config.base_model_name_or_path = _base_name(peft_model)
+    base = peft_model.get_base_model().config
+    config.base_model_name_or_path = getattr(base, "_name_or_path", None) or None
     folder = Path(folder)
     with TemporaryDirectory() as scratch:
         config.save_pretrained(scratch)
@@ -98,12 +122,13 @@ def target_sites(model: "torch.nn.Module", settings: LoraSettings) -> list[Site]
     if settings.rank < 1 or not settings.targets:
         raise WdlibError(f"nothing to adapt with rank {settings.rank}, targets {settings.targets}")
     ends = {name.rpartition(".")[2] for name, module in model.named_modules() if name}
+    architecture = getattr(model.config, "model_type", None)
     sites, found = [], set()
     for name, module in model.named_modules():
         hit = {t for t in settings.targets if name == t or name.endswith(f".{t}")}
         if hit:
             found |= hit
-            sites.append(projection_site(name, module, model.config.model_type))
+            sites.append(_projection_site(name, module, architecture))
     for target in settings.targets:
         if target not in found:
             raise WdlibError(
@@ -120,18 +145,18 @@ def target_sites(model: "torch.nn.Module", settings: LoraSettings) -> list[Site]
     return sites
 
 
-def projection_site(name: str, module: "torch.nn.Module", architecture: str | None) -> Site:
+def _projection_site(name: str, module: "torch.nn.Module", architecture: str | None) -> Site:
     """A linear layer as a projection, or a WdlibError that says why it is none."""
     known = tensor_role(f"{name}.weight", architecture)
     if known is None:
         raise WdlibError(
             f"{name} is not known as a projection: leave it out of the targets, or add a row for "
-            "its architecture to RULES in wdlib/weights.py"
+            "its architecture to RULES in wdlib/checkpoints/architectures.py"
         )
-    layer, types, expert = known
-    if len(types) > 1:
+    if len(known.types) > 1:
         raise WdlibError(
-            f"{name} joins {', '.join(types)} in one matrix, which has no single type: leave it out"
+            f"{name} joins {', '.join(known.types)} in one matrix, which has no single type: leave "
+            "it out"
         )
     weight = getattr(module, "weight", None)
     if weight is None or str(weight.dtype) not in _FLOATS or weight.ndim != 2:
@@ -140,11 +165,11 @@ def projection_site(name: str, module: "torch.nn.Module", architecture: str | No
             f"{name} holds {stored} and is quantised, or no linear layer: load the model "
             "unquantised in float32, float16 or bfloat16"
         )
-    return Site(name, layer, types[0], expert, module)
+    return Site(name, known.layer, known.types[0], known.expert, module)
 
 
-def lora_layers(peft_model: "PeftModel") -> "list[tuple[str, LoraLayer]]":
-    """Name in the base model and LoRA layer of all that the adapter "default" adapts."""
+def lora_layers(peft_model: "PeftModel") -> list[tuple[str, Any]]:
+    """Name in the base model and LoraLayer of peft of all that the adapter "default" adapts."""
     from peft.tuners.lora import LoraLayer
 
     return [
@@ -154,14 +179,24 @@ def lora_layers(peft_model: "PeftModel") -> "list[tuple[str, LoraLayer]]":
     ]
 
 
-def model_type(peft_model: "PeftModel") -> str | None:
-    return getattr(getattr(peft_model.get_base_model(), "config", None), "model_type", None)
+def adapted_sites(peft_model: "PeftModel") -> list[tuple[Site, Any]]:
+    """What the adapter "default" adapts, as projections, each with peft's LoraLayer.
+
+    Raises: WdlibError for a layer that is no projection.
+    """
+    architecture = getattr(peft_model.get_base_model().config, "model_type", None)
+    return [
+        (_projection_site(name, layer.get_base_layer(), architecture), layer)
+        for name, layer in lora_layers(peft_model)
+    ]
 
 
-def plain_config(peft_model: "PeftModel"):
+def plain_config(peft_model: "PeftModel") -> "LoraConfig":
     """The configuration of the adapter "default", if it is an ordinary LoRA adapter."""
+    from peft import LoraConfig
+
     config = peft_model.peft_config.get(ADAPTER)
-    if getattr(config, "peft_type", None) != "LORA":
+    if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
         raise WdlibError("the model has no LoRA adapter of peft's default name, 'default': add one")
     special = [
         key
@@ -182,6 +217,7 @@ def plain_config(peft_model: "PeftModel"):
 
 
 def check_choice(what: str, given: str, known: tuple[str, ...]) -> None:
+    """Raise WdlibError, with a suggestion, unless `given` is one of the known names."""
     if given not in known:
         raise WdlibError(
             f"there is no {what} {given!r}{_hint(given, known)}: choose one of {', '.join(known)}"
@@ -196,11 +232,3 @@ def _hint(given: str, known: Iterable[str]) -> str:
 def place_key(site: Site) -> tuple[int, int, int]:
     """Type, layer and expert as numbers: what sets the draws of a projection apart."""
     return TYPES.index(site.type), site.layer, 0 if site.expert is None else site.expert + 1
-
-
-def _state(get_state_dict, peft_model: "PeftModel", adapter: str) -> "dict[str, torch.Tensor]":
-    return get_state_dict(peft_model, adapter_name=adapter, save_embedding_layers=False)
-
-
-def _base_name(peft_model: "PeftModel") -> str | None:
-    return getattr(peft_model.get_base_model().config, "_name_or_path", None) or None

@@ -10,7 +10,7 @@ import logging
 import random
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ class Protocol:
     dtype: "float32", or "bfloat16" for the matrix products of the layers, which is about twice as
     fast where the processor knows it and changes one or two answers in a hundred; weights, output
     layer and softmax are float32 always.
+    Raises: WdlibError for what is none of these.
     """
 
     tasks: tuple[str, ...] = TASKS
@@ -92,6 +93,19 @@ class Protocol:
     orders: int = 4
     seed: int = HARNESS_SEED
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in (*self.tasks, *self.limit):
+            if name not in _SOURCES:
+                raise WdlibError(f"there is no benchmark {name!r}: choose from {', '.join(TASKS)}")
+        if self.dtype not in DTYPES:
+            raise WdlibError(f"there is no dtype {self.dtype!r} here: give {' or '.join(DTYPES)}")
+        option_orders(self.orders)
+        for name, limit in self.limit.items():
+            if limit < 1:
+                raise WdlibError(
+                    f"a limit of {limit} items leaves nothing of {name}: give 1 or more"
+                )
 
 
 def option_orders(count: int, *, options: int = 4) -> np.ndarray:
@@ -121,21 +135,11 @@ class Items:
     options: list[list[str]]
 
 
-def check_protocol(protocol: Protocol, data_folder: Path | None) -> None:
-    unknown = [name for name in (*protocol.tasks, *protocol.limit) if name not in _SOURCES]
-    if unknown:
-        raise WdlibError(f"there is no benchmark {unknown[0]!r}: choose from {', '.join(TASKS)}")
-    if protocol.dtype not in DTYPES:
-        raise WdlibError(f"there is no dtype {protocol.dtype!r} here: give {' or '.join(DTYPES)}")
-    option_orders(protocol.orders)
-    for name, limit in protocol.limit.items():
-        if limit < 1:
-            raise WdlibError(f"a limit of {limit} items leaves nothing of {name}: give 1 or more")
-    if data_folder is not None:
-        for name in protocol.tasks:
-            path = Path(data_folder) / _SOURCES[name].file
-            if not path.is_file():
-                raise WdlibError(f"{path} is missing: put it there, or name no folder for the hub")
+def check_folder(tasks: Iterable[str], folder: Path | None) -> None:
+    """Raise WdlibError where a folder lacks the file of a task; None stands for the hub."""
+    for name in tasks:
+        if folder and not (path := folder / _SOURCES[name].file).is_file():
+            raise WdlibError(f"{path} is missing: put it there, or name no folder for the hub")
 
 
 def requests(name: str, protocol: Protocol, data_folder: Path | None) -> Items:
@@ -146,7 +150,8 @@ def requests(name: str, protocol: Protocol, data_folder: Path | None) -> Items:
         random.seed(protocol.seed)  # the shuffle is the first to draw, as on the command line
         docs = list(itertools.islice(task.eval_docs, limit))
     orders = option_orders(protocol.orders) if source.reorder else None
-    shown, gold, options = [], [], []
+    shown: list[list[list[Any]]] = []
+    gold, options = [], []
     for doc in docs:
         seen = [doc] if orders is None else [_reordered(doc, order) for order in orders]
         contexts = [task.fewshot_context(one, num_fewshot=0) for one in seen]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wdlib import WdlibError
+from wdlib import WdlibError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -118,10 +118,9 @@ def _remote_rows(source: DataSet) -> list[dict]:
                 return parquet.read_table(file).to_pylist()
             return json.load(file)
     except Exception as error:  # whatever the network library raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WdlibError(
-            f"{source.url} cannot be read ({reason}): check the network, or name a local folder "
-            f"with {source.file}"
+            f"{source.url} cannot be read ({first_line(error)}): check the network, or name a "
+            f"local folder with {source.file}"
         ) from error
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from wdlib.lora.benchmarks import Items, Protocol, check_protocol, quiet, requests
+from wdlib.lora.benchmarks import Items, Protocol, check_folder, quiet, requests
 from wdlib.lora.scores import Evaluation, Scores
 
 if TYPE_CHECKING:
@@ -53,20 +53,21 @@ def evaluate(
     Raises: WdlibError for a protocol that cannot be followed and data that cannot be read.
     """
     protocol = protocol or Protocol()
-    check_protocol(protocol, data_folder)
+    check_folder(protocol.tasks, data_folder)
     began = time.monotonic()
     loaded = {name: requests(name, protocol, data_folder) for name in protocol.tasks}
-    scores, made = {}, {}
+    scores: dict[str, Scores] = {}
+    tasks: dict[str, dict[str, float]] = {}
     with quiet(), _ready(model) as ready:
-        scorer = _scorer(ready, tokenizer, protocol.dtype)
+        scorer = tree_scorer(ready, tokenizer, protocol.dtype)
         for name, items in loaded.items():
             start = time.monotonic()
             flat = [request for shown in items.shown for request in itertools.chain(*shown)]
             answers = scorer.loglikelihood(flat, disable_tqdm=True)
             scores[name] = _scores(items, [value for value, _ in answers])
-            made[name] = {"seconds": time.monotonic() - start, **scorer.counted}
+            tasks[name] = {"seconds": time.monotonic() - start, **scorer.counted}
     versions = {name: version(name) for name in ("lm-eval", "transformers", "torch")}
-    made = {"seconds": time.monotonic() - began, "tasks": made, "versions": versions}
+    made = {"seconds": time.monotonic() - began, "tasks": tasks, "versions": versions}
     return Evaluation(protocol, scores, made)
 
 
@@ -107,13 +108,13 @@ def _ready(model: "PreTrainedModel") -> "Iterator[PreTrainedModel]":
             module.training = True
 
 
-def _scorer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", dtype: str) -> Any:
+def tree_scorer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", dtype: str) -> Any:
     """lm-eval's HFLM, which scores requests that begin alike together."""
     import copy
 
     from lm_eval.models.huggingface import HFLM
 
-    class TreeLM(HFLM):
+    class TreeLM(HFLM):  # type: ignore[misc]  # lm-eval ships no annotations
         counted: dict[str, int]
 
         def _loglikelihood_tokens(
@@ -172,7 +173,10 @@ class _Tree:
 
 def _trees(pairs: Sequence[tuple[list[int], int]]) -> list[_Tree]:
     """Trees of (tokens, length of the continuation), neighbours in sorted order together."""
-    trees, group, size, last = [], [], 0, []
+    trees: list[_Tree] = []
+    group: list[int] = []
+    last: list[int] = []
+    size = 0
     for request in sorted(range(len(pairs)), key=lambda request: pairs[request][0]):
         tokens = pairs[request][0]
         unequal = (i for i, (a, b) in enumerate(zip(last, tokens, strict=False)) if a != b)

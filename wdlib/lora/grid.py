@@ -12,7 +12,6 @@ import gc
 import json
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,16 +19,16 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from wdlib import TYPES, WdlibError, __version__, paths
-from wdlib.checkpoints import catalogue
-from wdlib.checkpoints.architectures import tensor_role
+from wdlib.checkpoints.catalogue import catalogue_model
 from wdlib.fingerprints import record
 from wdlib.fingerprints.record import Fingerprint
-from wdlib.lora import evaluation, pretrained, scores, training
-from wdlib.lora.benchmarks import DTYPES, TASKS, Protocol, option_orders
+from wdlib.lora import adapters, evaluation, pretrained, scores, training
+from wdlib.lora.adapters import adapted_sites
+from wdlib.lora.benchmarks import TASKS, Protocol
 from wdlib.lora.data import data_hash, examples
 from wdlib.lora.measure import relative_norms
 from wdlib.lora.pretrained import Pretrained
-from wdlib.lora.results import RESULTS, CellResult, fingerprint_file, read_report
+from wdlib.lora.results import RESULTS, CellResult, fingerprint_file, load_result, read_report
 from wdlib.lora.runs import UNTRAINED, Hyperparameters, Run
 from wdlib.lora.scores import Evaluation
 
@@ -75,9 +74,8 @@ def cells(path: str | Path = GRID) -> tuple[Cell, ...]:
     """
     import yaml
 
-    path = Path(path)
     try:
-        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+        grid = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         found = tuple(_expand(grid))
         _check_protocols(found)
     except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, WdlibError) as error:
@@ -90,7 +88,8 @@ def _expand(grid: dict[str, Any]) -> Iterator[Cell]:
         unknown = set(tier) - {"seeds", "evaluation", "runs", "fingerprint"}
         if unknown:
             raise WdlibError(f"{name} has {sorted(unknown)[0]!r}, which no tier has")
-        protocol, fingerprint = _protocol(tier["evaluation"]), tier.get("fingerprint", False)
+        asked, fingerprint = tier["evaluation"], tier.get("fingerprint", False)
+        protocol = Protocol(**{**asked, "tasks": tuple(asked["tasks"])})
         seen = set()
         for seed in tier["seeds"]:
             for given in tier["runs"]:
@@ -122,17 +121,6 @@ def _run(given: dict[str, Any], seed: int) -> Run:
     return Run.from_dict(run)
 
 
-def _protocol(given: dict[str, Any]) -> Protocol:
-    protocol = Protocol(**{**given, "tasks": tuple(given["tasks"])})
-    for task in (*protocol.tasks, *protocol.limit):
-        if task not in TASKS:
-            raise WdlibError(f"there is no task {task!r}: choose from {', '.join(TASKS)}")
-    if protocol.dtype not in DTYPES:
-        raise WdlibError(f"there is no dtype {protocol.dtype!r} of evaluations")
-    option_orders(protocol.orders)
-    return protocol
-
-
 def chosen(path: str | Path = GRID, *, only: str | None = None) -> tuple[Cell, ...]:
     """The cells of one tier, or whose key begins with `only`; all of them by default.
 
@@ -148,7 +136,10 @@ def chosen(path: str | Path = GRID, *, only: str | None = None) -> tuple[Cell, .
 
 def state(cell: Cell, *, results: Path = RESULTS, work: Path = WORK) -> str:
     """How far a cell is: one of STATES."""
-    stored = results.load(cell.run, results=results)
+    return _state(cell, load_result(cell.run, results=results), work)
+
+
+def _state(cell: Cell, stored: CellResult | None, work: Path) -> str:
     if stored is not None:
         unseen = cell.fingerprint and stored.fingerprint is None
         return EXTENDABLE if unseen or _missing(stored.evaluation, cell.protocol) else FINISHED
@@ -204,7 +195,7 @@ def run_cell(
 ) -> str:
     """Bring one cell to its end from wherever it is; returns what was done, in words.
 
-    Raises: WdlibError as `training.train` and `evaluation.evaluate` do, for processes of one
+    Raises: WdlibError as `train` and `evaluate` do, for processes of one
     launcher, and for data other than that of the results which are there.
     """
     from filelock import FileLock, Timeout
@@ -232,7 +223,7 @@ def _check_alone() -> None:
 def _check_data(run: Run, data_folder: str | Path | None, results: Path) -> None:
     """Runs are compared on the same held-out examples: refuse others before anything is trained."""
     digest = data_hash(examples(run.data, folder=data_folder))
-    for path in results.glob("*.json"):
+    for path in results.glob(f"*-{run.data}-*.json"):
         if path.name.endswith(".fingerprint.json"):
             continue
         known = read_report(path)
@@ -245,40 +236,42 @@ def _check_data(run: Run, data_folder: str | Path | None, results: Path) -> None
 
 
 def _do(cell: Cell, data_folder: str | Path | None, results: Path, work: Path) -> str:
-    if state(cell, results=results, work=work) == FINISHED:
+    stored = load_result(cell.run, results=results)
+    if _state(cell, stored, work) == FINISHED:
         return "was finished"
     begun = time.perf_counter()
     _check_data(cell.run, data_folder, results)
     folder = training.train(cell.run, work / cell.run.key, data_folder=data_folder)
-    report = training.result(folder)
-    stored = results.load(cell.run, results=results)
-    if stored and stored.report["hashes"]["adapter"] != report["hashes"]["adapter"]:
+    report = read_report(folder / "result.json")
+    adapter = report["hashes"]["adapter"]
+    if stored and stored.report["hashes"]["adapter"] != adapter:
         stored = None
     wanted = _missing(stored.evaluation, cell.protocol) if stored else cell.protocol
+    unseen = cell.fingerprint and not (stored and stored.fingerprint)
+    trained = _trained(cell.run, folder) if unseen or (wanted and wanted.tasks) else None
     if wanted:
-        measured = _evaluate(cell.run, folder, wanted, data_folder)
+        measured = Evaluation(wanted, {}, {"seconds": 0.0, "tasks": {}})
+        if trained and wanted.tasks:
+            measured = _evaluate(trained, wanted, data_folder)
         measured = _joined(stored.evaluation, measured) if stored else measured
-        of = {"adapter": report["hashes"]["adapter"]}
-        measured = replace(measured, made={**measured.made, **of})
+        measured = replace(measured, made={**measured.made, "adapter": adapter})
         scores.save(measured, results / f"{cell.run.key}.npz")
         # What each matrix began as is long, and follows from the configuration.
         kept = {key: value for key, value in report.items() if key != "initialisation"}
         paths.write_text(results / f"{cell.run.key}.json", json.dumps(kept) + "\n")
-    if cell.fingerprint and not (stored and stored.fingerprint):
-        record.save(fingerprint(cell.run, folder), fingerprint_file(cell.run, results))
+    if trained and unseen:
+        seen = _fingerprint(cell.run, trained, report, folder)
+        record.save(seen, fingerprint_file(cell.run, results))
     seconds = time.perf_counter() - begun
     return f"held-out loss {report['held_out']['after']['loss']:.4f}, {seconds:.0f} s"
 
 
 def _evaluate(
-    run: Run, folder: Path, protocol: Protocol, data_folder: str | Path | None
+    trained: Pretrained, protocol: Protocol, data_folder: str | Path | None
 ) -> Evaluation:
-    if not protocol.tasks:
-        return Evaluation(protocol, {}, {"seconds": 0.0, "tasks": {}})
-    trained = _trained(run, folder)
     return evaluation.evaluate(
         trained.model.to(training.process_state().device),
-        trained.tokenizer,
+        trained.needed_tokenizer(),
         protocol=protocol,
         data_folder=None if data_folder is None else Path(data_folder),
     )
@@ -289,58 +282,59 @@ def fingerprint(run: Run, folder: str | Path) -> Fingerprint:
 
     The adapter is merged into the dequantised base weights as peft does it; of an untrained run it
     is the base model's, by the same way. The model goes by the run's key; the provenance names the
-    base's weights and the adapter by their sha256, and has the size of `Stored.update`.
+    base's weights and the adapter by their sha256, and has the size of `CellResult.update`.
 
     Arguments: folder, of `training.train`, which for a while holds the merged weights too.
-    Raises: WdlibError as `fingerprints.compute` does.
+    Raises: WdlibError as `fingerprints.record.compute` does.
     """
+    folder = Path(folder)
+    return _fingerprint(run, _trained(run, folder), read_report(folder / "result.json"), folder)
+
+
+def _fingerprint(
+    run: Run, trained: Pretrained, report: dict[str, Any], folder: Path
+) -> Fingerprint:
+    """As above, of a model at hand, which is merged with its adapter."""
     from safetensors.torch import save_model
 
-    trained = _trained(run, Path(folder))
-    model, base, update = trained.model, trained.checkpoint, ""
+    model, base, update = trained.model.to("cpu"), trained.checkpoint, ""
     if run.init != UNTRAINED:
         update = json.dumps(_update(model))
         model = model.merge_and_unload()
-    known = catalogue.catalogue_model(run.model)
+    known = catalogue_model(run.model)
     with TemporaryDirectory(dir=folder) as scratch:
         merged = Path(scratch) / "merged"
         model.config.save_pretrained(merged)
-        save_model(model, merged / "model.safetensors")
+        save_model(model, str(merged / "model.safetensors"))
         found = record.compute(merged, family=known.family if known else "")
-    hashes = training.result(folder)["hashes"]
     provenance = {
         "source": base.source,
-        "sha256": hashes["model"],
-        "adapter": hashes["adapter"],
+        "sha256": report["hashes"]["model"],
+        "adapter": report["hashes"]["adapter"],
         "update": update,
         "quantisation": base.quantisation,
         "note": base.note,
-        "made by": f"wdlib {__version__} experiments.fingerprint",
+        "made by": f"wdlib {__version__} lora.grid.fingerprint",
     }
-    provenance = {key: text for key, text in provenance.items() if text}
-    return replace(found, model=run.key, provenance=provenance)
+    about = {key: text for key, text in provenance.items() if text}
+    return replace(found, model=run.key, provenance=about)
 
 
 def _update(model: "PeftModel") -> dict[str, list[float]]:
     """||s B A|| / ||W|| of every matrix that an adapter changes, by type, in the model's order."""
-    found = {}
-    for name, size in relative_norms(model).items():
-        _, (kind,), _ = tensor_role(f"{name}.weight", model.config.model_type)
-        found.setdefault(kind, []).append(float(f"{size:.5g}"))
+    norms = relative_norms(model)
+    found: dict[str, list[float]] = {}
+    for site, _ in adapted_sites(model):
+        found.setdefault(site.type, []).append(float(f"{norms[site.name]:.5g}"))
     return {t: found[t] for t in TYPES if t in found}
 
 
 def _trained(run: Run, folder: Path) -> Pretrained:
     """The run's model in float32, with its adapter if it has one."""
-    from peft import PeftModel
-
     loaded = pretrained.load(run.model)
     if run.init == UNTRAINED:
         return loaded
-    with warnings.catch_warnings():
-        # peft 0.21 asks transformers 5 for an attribute that was renamed.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return replace(loaded, model=PeftModel.from_pretrained(loaded.model, folder / "adapter"))
+    return replace(loaded, model=adapters.load(loaded.model, folder / "adapter"))
 
 
 def _missing(known: Evaluation, wanted: Protocol) -> Protocol | None:
@@ -387,5 +381,5 @@ def _joined(known: Evaluation, new: Evaluation) -> Evaluation:
 
 def finished(some: Iterable[Cell], *, results: Path = RESULTS) -> dict[Run, CellResult]:
     """The cells of which there are results, by their run, in the order given."""
-    found = {cell.run: results.load(cell.run, results=results) for cell in some}
+    found = {cell.run: load_result(cell.run, results=results) for cell in some}
     return {run: stored for run, stored in found.items() if stored is not None}

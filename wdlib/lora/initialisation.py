@@ -16,25 +16,24 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from wdlib import TYPES, WdlibError, generator
 from wdlib.characterise import Characterisation, Group
-from wdlib.checkpoints.architectures import tensor_role
 from wdlib.lora.adapters import (
     ADAPTER,
     EDIT_BASE,
     START,
     LoraSettings,
     Site,
+    adapted_sites,
     check_choice,
+    expected_peft_warnings,
     lora_layers,
-    model_type,
     place_key,
     plain_config,
-    projection_site,
     target_sites,
 )
 from wdlib.lora.runs import ADAPTER_INITIALISATIONS, PEFT_INITIALISATIONS, RESHAPED
@@ -42,6 +41,7 @@ from wdlib.lora.runs import ADAPTER_INITIALISATIONS, PEFT_INITIALISATIONS, RESHA
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 MODES = ("literal", "preserved", "a_only")
@@ -103,14 +103,14 @@ class _Plan:
 
     characterisation: Characterisation
     rank: int
-    variant: str
+    mode: str
     sharing: str
     b_scale: float
     seed: int
 
 
 def attach(
-    model: "torch.nn.Module",
+    model: "PreTrainedModel",
     init: str,
     *,
     characterisation: Characterisation | None = None,
@@ -133,11 +133,11 @@ def attach(
     "eva" keeps the rank of every matrix.
     """
     import torch
-    from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
+    from peft import EvaConfig, LoraConfig, get_peft_model
 
     settings = settings or LoraSettings()
     check_choice("initialisation", init, ADAPTER_INITIALISATIONS)
-    if isinstance(model, PeftModel) or any(hasattr(m, "base_layer") for m in model.modules()):
+    if hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in model.modules()):
         raise WdlibError("the model already has an adapter: attach to the plain base model")
     sites = target_sites(model, settings)
     plan = None
@@ -152,10 +152,10 @@ def attach(
         raise WdlibError(f"the initialisation 'orthogonal' needs an even rank, not {settings.rank}")
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number works
         lora_dropout=settings.dropout,
         target_modules=list(settings.targets),
-        init_lora_weights=init if init in PEFT_INITIALISATIONS[1:] else True,
+        init_lora_weights=init if init in PEFT_INITIALISATIONS[1:] else True,  # type: ignore[arg-type]  # checked above
         fan_in_fan_out=type(sites[0].module).__name__ == "Conv1D",
         task_type="CAUSAL_LM" if model.can_generate() else None,
         eva_config=EvaConfig(rho=EVA_RHO) if init == "eva" else None,
@@ -163,18 +163,16 @@ def attach(
     originals = {
         site.name: site.module.weight.detach().clone() for site in sites if init in EDIT_BASE
     }
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        # peft 0.21 asks transformers 5 for an attribute that was renamed.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    with torch.random.fork_rng(), expected_peft_warnings():
         torch.manual_seed(seed)
         peft_model = get_peft_model(model, config, low_cpu_mem_usage=init == "eva")
-        if init == "eva":
+        if init == "eva" and batches is not None:
             _eva(peft_model, batches)
     for site in sites:
         if site.name in originals:
             site.module.weight.data = originals.pop(site.name)
     # Loading an adapter whose configuration says "pissa" edits the base weights once more.
-    attached = peft_model.peft_config[ADAPTER]
+    attached: Any = peft_model.peft_config[ADAPTER]
     attached.init_lora_weights, attached.eva_config = True, None
     if plan is not None:
         return peft_model, _fill(peft_model, plan, init)
@@ -187,7 +185,7 @@ def reshape_(
     peft_model: "PeftModel",
     characterisation: Characterisation,
     *,
-    variant: str = "literal",
+    mode: str = "literal",
     sharing: str = "groups",
     b_scale: float = 1.0,
     seed: int = 3407,
@@ -200,7 +198,7 @@ def reshape_(
     own, and what is drawn again makes no difference: all entries are independent draws.
 
     Arguments: peft_model, changed in place, its adapter "default" holding plain LoRA layers of the
-    characterisation's rank; variant, one of VARIANTS; sharing, one of SHARINGS.
+    characterisation's rank; mode, one of MODES; sharing, one of SHARINGS.
     Raises: WdlibError, before anything is touched, for what is no such model, for projections that
     the naming table does not know or the characterisation lacks, and for unknown arguments.
     Warns NothingToTransfer for a characterisation with one group.
@@ -214,30 +212,28 @@ def reshape_(
             "or use wdlib.lora.attach"
         )
     config = plain_config(peft_model)
-    layers = lora_layers(peft_model)
-    sites = [
-        projection_site(name, layer.base_layer, model_type(peft_model)) for name, layer in layers
-    ]
-    plan = _Plan(characterisation, config.r, variant, sharing, b_scale, seed)
-    _check_plan(plan, sites)
-    for name, layer in layers:
+    adapted = adapted_sites(peft_model)
+    plan = _Plan(characterisation, config.r, mode, sharing, b_scale, seed)
+    _check_plan(plan, [site for site, _ in adapted])
+    for site, layer in adapted:
         if layer.r[ADAPTER] != config.r or layer.merged:
+            merged = ", merged" if layer.merged else ""
             raise WdlibError(
-                f"{name} has rank {layer.r[ADAPTER]}{' and is merged' if layer.merged else ''}: "
-                f"every layer must be unmerged and have rank {config.r}"
+                f"{site.name} has rank {layer.r[ADAPTER]}{merged}: every layer must be unmerged "
+                f"and have rank {config.r}"
             )
-    return _fill(peft_model, plan, variant)
+    return _fill(peft_model, plan, mode)
 
 
 def _check_plan(plan: _Plan, sites: list[Site]) -> None:
     """Refuse what does not fit; warn where the reference has nothing to say."""
-    check_choice("variant", plan.variant, MODES)
+    check_choice("mode", plan.mode, MODES)
     check_choice("sharing", plan.sharing, SHARINGS)
     reference = plan.characterisation
     if not isinstance(reference, Characterisation):
         raise WdlibError(
             f"a {type(reference).__name__} is no characterisation: make one with "
-            "wdlib.characterize.characterise"
+            "wdlib.characterise.characterise"
         )
     if not (math.isfinite(plan.b_scale) and plan.b_scale >= 0):
         raise WdlibError(f"b_scale is a number from 0 up, not {plan.b_scale}")
@@ -249,14 +245,14 @@ def _check_plan(plan: _Plan, sites: list[Site]) -> None:
             f"made at rank {reference.rank}: characterise it at {plan.rank}"
         )
     adapted = [t for t in TYPES if any(site.type == t for site in sites)]
-    lacking = [t for t in adapted if _group(reference, t) is None]
-    if lacking:
+    grouped = {t: group for t in adapted for group in reference.groups if t in group.types}
+    if lacking := [t for t in adapted if t not in grouped]:
         raise WdlibError(
             f"the characterisation of {reference.model} has no {' and no '.join(lacking)}, which "
             "the adapter needs: take a reference with these types, or leave them out of the targets"
         )
-    for kind in adapted:  # refuses exponents and ranks that give no counts
-        _counts(reference, _group(reference, kind), (plan.rank, plan.rank + 1))
+    for group in grouped.values():  # refuses exponents and ranks that give no counts
+        _counts(reference, group, (plan.rank, plan.rank + 1))
     if plan.sharing == "groups" and len(reference.groups) == 1 and len(adapted) > 1:
         warnings.warn(
             f"all types of {reference.model} are in one group, so it has nothing to transfer: the "
@@ -264,13 +260,6 @@ def _check_plan(plan: _Plan, sites: list[Site]) -> None:
             NothingToTransfer,
             stacklevel=3,
         )
-
-
-def _group(characterisation: Characterisation, type: str) -> Group | None:
-    for group in characterisation.groups:
-        if type == group.referenced or type in group.members:
-            return group
-    return None
 
 
 @dataclass(frozen=True)
@@ -288,19 +277,17 @@ def _fill(peft_model: "PeftModel", plan: _Plan, init: str) -> Report:
     """Draw everything, then set it: a failure while drawing leaves the model as it was."""
     import torch
 
-    layers = lora_layers(peft_model)
-    sites = [
-        projection_site(name, layer.base_layer, model_type(peft_model)) for name, layer in layers
-    ]
-    sizes = [(layer.in_features, layer.out_features) for _, layer in layers]
-    draws = dict(zip((s.name for s in sites), _draws(plan, sites, sizes), strict=True))
+    adapted = adapted_sites(peft_model)
+    sizes = [(layer.in_features, layer.out_features) for _, layer in adapted]
+    drawn = list(_draws(plan, [site for site, _ in adapted], sizes))
+    draws = {site.name: draw for (site, _), draw in zip(adapted, drawn, strict=True)}
     if START in peft_model.peft_config:
         peft_model.delete_adapter(START)
     with torch.no_grad():
-        for name, layer in layers:
-            layer.lora_A[ADAPTER].weight.copy_(torch.from_numpy(draws[name].a))
-            layer.lora_B[ADAPTER].weight.copy_(torch.from_numpy(draws[name].b))
-    if plan.variant == "preserved":
+        for (_, layer), draw in zip(adapted, drawn, strict=True):
+            layer.lora_A[ADAPTER].weight.copy_(torch.from_numpy(draw.a))
+            layer.lora_B[ADAPTER].weight.copy_(torch.from_numpy(draw.b))
+    if plan.mode == "preserved":
         _hold_start(peft_model)
     return _report(peft_model, init, plan, plan.seed, draws)
 
@@ -309,11 +296,11 @@ def _draws(plan: _Plan, sites: list[Site], sizes: list[tuple[int, int]]) -> Iter
     """A and B of every site; sizes are its (d_in, d_out)."""
     longest_a, longest_b = (plan.rank * max(column) for column in zip(*sizes, strict=True))
     for site, (d_in, d_out) in zip(sites, sizes, strict=True):
-        group = _group(plan.characterisation, site.type)
+        group = next(g for g in plan.characterisation.groups if site.type in g.types)
         sigma = math.sqrt(1 / (3 * d_in))
         a, count_a = _matrix(plan, site, group, 0, (plan.rank, d_in), longest_a)
         b, count_b = _matrix(plan, site, group, 1, (d_out, plan.rank), longest_b)
-        scale = 0.0 if plan.variant == "a_only" else plan.b_scale
+        scale = 0.0 if plan.mode == "a_only" else plan.b_scale
         yield _Draw(group, a * np.float32(sigma), b * np.float32(scale * sigma), count_a, count_b)
 
 
@@ -341,14 +328,12 @@ def _matrix(
 
 def law(characterisation: Characterisation, group: Group) -> tuple[float, float] | None:
     """Medians of alpha and xmin over the power-law pairs inside a group; None if there are none."""
-    inside = {group.referenced, *group.members}
+    inside = {*group.types}
     fitted = [p for p in characterisation.pairs if p.alpha is not None and {*p.types} <= inside]
     if not fitted:
         return None
-    return (
-        float(np.median([pair.alpha for pair in fitted])),
-        float(np.median([pair.xmin for pair in fitted])),
-    )
+    alphas, xmins = zip(*((pair.alpha, pair.xmin) for pair in fitted), strict=True)
+    return float(np.median(alphas)), float(np.median(xmins))
 
 
 def _counts(
@@ -363,7 +348,7 @@ def _hold_start(peft_model: "PeftModel") -> None:
     """Add the adapter START: the negative of B A as it is now, active and frozen for good."""
     import torch
 
-    config = copy.copy(peft_model.peft_config[ADAPTER])
+    config: Any = copy.copy(peft_model.peft_config[ADAPTER])
     config.init_lora_weights, config.lora_dropout, config.modules_to_save = True, 0.0, None
     with torch.random.fork_rng():
         peft_model.add_adapter(START, config)
@@ -375,7 +360,8 @@ def _hold_start(peft_model: "PeftModel") -> None:
             **layer.frozen_peft_weight_names,
             START: ("lora_A", "lora_B"),
         }
-    peft_model.base_model.set_adapter([ADAPTER, START])
+    tuner: Any = peft_model.base_model
+    tuner.set_adapter([ADAPTER, START])
 
 
 def _eva(peft_model: "PeftModel", batches: "Iterable[Mapping[str, torch.Tensor]]") -> None:
@@ -391,18 +377,17 @@ def _report(
     peft_model: "PeftModel", init: str, plan: _Plan | None, seed: int, draws: dict[str, _Draw]
 ) -> Report:
     rows = []
-    for name, layer in lora_layers(peft_model):
-        known, draw = tensor_role(f"{name}.weight", model_type(peft_model)), draws.get(name)
-        kind = known[1][0]
+    for site, layer in adapted_sites(peft_model):
+        draw = draws.get(site.name)
         sigma_a, sigma_b = (
             float(factors[ADAPTER].weight.detach().cpu().double().std(correction=0))
             for factors in (layer.lora_A, layer.lora_B)
         )
-        chosen = (None, None, None, None)
+        chosen: tuple[str | None, str | None, int | None, int | None] = (None, None, None, None)
         if draw is not None:
-            role = "referenced" if kind == draw.group.referenced else "member"
+            role = "referenced" if site.type == draw.group.referenced else "member"
             count_b = draw.count_b if sigma_b > 0 else None
             chosen = (draw.group.referenced, role, draw.count_a, count_b)
         shape = (layer.out_features, layer.in_features)
-        rows.append(Initialised(name, known[0], kind, shape, *chosen, sigma_a, sigma_b))
+        rows.append(Initialised(site.name, site.layer, site.type, shape, *chosen, sigma_a, sigma_b))
     return Report(init, plan.characterisation.model if plan else None, seed, tuple(rows))

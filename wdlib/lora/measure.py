@@ -3,19 +3,18 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from wdlib import TYPES, WdlibError, generator
-from wdlib.lora.adapters import ADAPTER, lora_layers, model_type, place_key, projection_site
+from wdlib.lora.adapters import ADAPTER, adapted_sites, lora_layers, place_key
 from wdlib.lora.data import IGNORED
 from wdlib.spectra.store import Spectra
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,10 @@ def step0(peft_model: "PeftModel", batch: "Mapping[str, torch.Tensor]") -> Step0
     """
     import torch
 
-    if not peft_model.get_base_model().can_generate():
+    base_model: Any = peft_model.get_base_model()
+    if not base_model.can_generate():
         raise WdlibError(
-            f"a {type(peft_model.get_base_model()).__name__} has no loss of its own: step0 needs a "
+            f"a {type(base_model).__name__} has no loss of its own: step0 needs a "
             "causal language model"
         )
     batch = {"labels": batch["input_ids"], **batch}
@@ -74,8 +74,8 @@ def relative_norms(peft_model: "PeftModel") -> dict[str, float]:
     return {name: _relative_norm(layer) for name, layer in lora_layers(peft_model)}
 
 
-def _relative_norm(layer: "LoraLayer") -> float:
-    """From r x r products: ||B A||^2 = <B^T B, A A^T>."""
+def _relative_norm(layer: Any) -> float:
+    """Of a LoraLayer of peft, from r x r products: ||B A||^2 = <B^T B, A A^T>."""
     a = layer.lora_A[ADAPTER].weight.detach().cpu().double()
     b = layer.lora_B[ADAPTER].weight.detach().cpu().double()
     square = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
@@ -88,16 +88,11 @@ def initial_spectra(peft_model: "PeftModel") -> dict[str, Spectra]:
 
     Returns: "A" and "B", the latter only if no B is 0; rows by layer (and expert), ascending.
     """
-    architecture = model_type(peft_model)
-    layers = [
-        (projection_site(name, layer.get_base_layer(), architecture), layer)
-        for name, layer in lora_layers(peft_model)
-    ]
-    layers.sort(key=lambda pair: place_key(pair[0])[1:])
+    adapted = sorted(adapted_sites(peft_model), key=lambda pair: place_key(pair[0])[1:])
     found = {}
     for key in ("A", "B"):
         values, rows = defaultdict(list), defaultdict(list)
-        for site, layer in layers:
+        for site, layer in adapted:
             matrix = getattr(layer, f"lora_{key}")[ADAPTER].weight.detach().float().cpu().numpy()
             values[site.type].append(generator.spectra_of(matrix[None])[0])
             rows[site.type].append((site.layer, site.expert))

@@ -11,9 +11,9 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from wdlib import WdlibError
+from wdlib import WdlibError, first_line
 from wdlib.checkpoints.files import INDEX, Checkpoint, resolve, shards
 from wdlib.checkpoints.headers import gguf_header
 
@@ -31,12 +31,19 @@ _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 class Pretrained:
     """A causal language model in evaluation mode, its tokenizer, and the files they came from.
 
-    tokenizer is None where the folder has none.
+    model: of transformers, or peft's wrapper of one. tokenizer: None where the folder has none.
     """
 
-    model: "PreTrainedModel"
+    model: Any
     tokenizer: "PreTrainedTokenizerBase | None"
     checkpoint: Checkpoint
+
+    def needed_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer. Raises: WdlibError where there is none."""
+        if self.tokenizer is None:
+            name = self.checkpoint.name
+            raise WdlibError(f"{name} has no tokenizer: give the model's whole folder")
+        return self.tokenizer
 
 
 @contextlib.contextmanager
@@ -67,16 +74,17 @@ def load(model: str | Path | Checkpoint, *, dtype: str = "float32") -> Pretraine
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise WdlibError(f"there is no dtype {dtype!r} here: give float32, bfloat16 or float16")
-    checkpoint = model if isinstance(model, Checkpoint) else resolve(model)
+    checkpoint = resolve(model)
     folder, gguf = _source(checkpoint)
     with _reading(checkpoint):
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), **_LOCAL, **gguf
         )
         tokenizer = _tokenizer(folder, gguf)
     if gguf:
         loaded = _plain(loaded)
-        if gguf_header(checkpoint.files[0])[0].get("tokenizer.ggml.pre") in DIGIT_SPLITTING:
+        metadata, _ = gguf_header(folder / gguf["gguf_file"])
+        if tokenizer and metadata.get("tokenizer.ggml.pre") in DIGIT_SPLITTING:
             _split_digits(tokenizer)
     return Pretrained(loaded.eval(), tokenizer, checkpoint)
 
@@ -199,10 +207,9 @@ def _reading(checkpoint: Checkpoint) -> Iterator[None]:
                 f"{checkpoint.name} needs code that comes with it, which is never run here: give a "
                 "model of an architecture that transformers itself has"
             ) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WdlibError(
-            f"transformers cannot load {checkpoint.name} as a causal language model ({reason}): "
-            "give a decoder's checkpoint with its config.json"
+            f"transformers cannot load {checkpoint.name} as a causal language model "
+            f"({first_line(error)}): give a decoder's checkpoint with its config.json"
         ) from error
 
 

@@ -41,7 +41,7 @@ class CellResult:
         return {t: np.array(v) for t, v in json.loads(provenance.get("update", "{}")).items()}
 
 
-def load(run: Run, *, results: Path = RESULTS) -> CellResult | None:
+def load_result(run: Run, *, results: Path = RESULTS) -> CellResult | None:
     """The stored results of a run; None where it is not finished, or its files are of two adapters.
 
     Raises: WdlibError for files that are damaged.
@@ -53,7 +53,11 @@ def load(run: Run, *, results: Path = RESULTS) -> CellResult | None:
     found, adapter = scores.load(arrays), known["hashes"]["adapter"]
     if found.made.get("adapter", adapter) != adapter:
         return None
-    return CellResult(known, found, _load_fingerprint(run, known, results))
+    path = fingerprint_file(run, results)
+    fingerprint = record.load(path) if path.is_file() else None
+    if fingerprint and fingerprint.provenance.get("adapter") != adapter:
+        fingerprint = None
+    return CellResult(known, found, fingerprint)
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -61,15 +65,8 @@ def read_report(path: Path) -> dict[str, Any]:
     return paths.read_json(path, dict, what="a report", remedy="remove it to run the cell again")
 
 
-def _load_fingerprint(run: Run, report: dict[str, Any], results: Path) -> Fingerprint | None:
-    path = fingerprint_file(run, results)
-    if not path.is_file():
-        return None
-    found = record.load(path)
-    return found if found.provenance.get("adapter") == report["hashes"]["adapter"] else None
-
-
 def fingerprint_file(run: Run, results: Path) -> Path:
+    """Where the fingerprint of a run's model is kept."""
     return results / f"{run.key}.fingerprint.json"
 
 
@@ -90,7 +87,7 @@ _SCORES: dict[str, tuple[str, Callable[[Scores], np.ndarray]]] = {
 MEASURES = (*_SCORES, LOSS)
 """What can be compared. "GPQA" is the harness's order of the options; "orders" is the mean over all
 orders that were evaluated; "debiased", the same without what a letter is worth in itself
-(`evaluation.debiased`); "norm", by the harness's acc_norm."""
+(`scores.debiased`); "norm", by the harness's acc_norm."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class _Row:
     """Scores of one cell, (items,), the items by hashes or lengths, and how they were measured."""
 
     values: np.ndarray
-    items: Sequence[Any]
+    items: Sequence[Any] | np.ndarray
     setting: tuple[Any, ...]
 
 
@@ -124,8 +121,8 @@ def measured(found: Mapping[Run, CellResult], variant: str, measure: str) -> np.
     Raises: WdlibError for runs that cannot be told apart by their variant and seed, or that were
     not measured on the same items in the same way.
     """
-    side = _by_seed(found, variant, measure)
-    return _stacked([side[seed] for seed in sorted(side)]) if side else None
+    rows = list(_by_seed(found, variant, measure).values())
+    return _stacked(rows) if rows else None
 
 
 def paired(
@@ -138,14 +135,13 @@ def paired(
     seed, is one row. None where there is nothing to compare.
     Raises: WdlibError as `measured` does.
     """
-    sides = [_by_seed(found, variant, measure) for variant in (first, second)]
-    seeds = [set(side) for side in sides if None not in side]
-    common = sorted(set.intersection(*seeds)) if seeds else []
-    rows = [[side[s] for s in ([None] if None in side else common)] for side in sides if side]
-    if len(rows) < 2 or not all(rows):
+    one, two = (_by_seed(found, variant, measure) for variant in (first, second))
+    if None not in one and None not in two:
+        one, two = ({s: row for s, row in a.items() if s in b} for a, b in ((one, two), (two, one)))
+    if not (one and two):
         return None
-    both = _stacked([*rows[0], *rows[1]])
-    return both[: len(rows[0])], both[len(rows[0]) :]
+    both = _stacked([*one.values(), *two.values()])
+    return both[: len(one)], both[len(one) :]
 
 
 def _stacked(rows: Sequence[_Row]) -> np.ndarray:
@@ -160,16 +156,14 @@ def _stacked(rows: Sequence[_Row]) -> np.ndarray:
 
 
 def _by_seed(found: Mapping[Run, CellResult], variant: str, measure: str) -> dict[int | None, _Row]:
-    """Seed -> scores of a variant; None stands for the seed of the untrained model."""
-    measured = {}
-    for run, stored in found.items():
-        if run.variant != variant:
-            continue
+    """Seed -> scores of a variant, rising; None stands for the seed of the untrained model."""
+    measured: dict[int | None, _Row | None] = {}
+    for run in sorted((run for run in found if run.variant == variant), key=lambda run: run.seed):
         seed = None if run.init == UNTRAINED else run.seed
         if seed in measured:
             raise WdlibError(
                 f"two runs are {variant!r} with seed {seed}, {run.key} is one: they differ in what "
                 "a variant does not name, so compare them apart"
             )
-        measured[seed] = _row(stored, measure)
+        measured[seed] = _row(found[run], measure)
     return {seed: row for seed, row in measured.items() if row is not None}

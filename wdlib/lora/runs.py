@@ -24,7 +24,7 @@ RESHAPED = {
     "one_template": ("literal", "one"),
     "independent": ("literal", "none"),
 }
-"""Name of a reshaped initialisation -> its variant and sharing."""
+"""Name of a reshaped initialisation -> its mode and sharing, as `reshape_` takes them."""
 
 ADAPTER_INITIALISATIONS = (*PEFT_INITIALISATIONS, *RESHAPED)
 
@@ -64,7 +64,7 @@ class Hyperparameters:
 class Run:
     """One configuration, complete: equal runs give equal adapters on equal machines.
 
-    model: as for `models.resolve`; init: one of INITIALISATIONS; reference: model whose stored
+    model: as for `checkpoints.resolve`; init: one of INITIALISATIONS; reference: model whose stored
     characterisation at the adapter's rank shapes it, for the reshaped initialisations alone; data:
     one of DATA; seed: of the initialisation and of the data order; b_scale: as for `lora.attach`.
     Raises: WdlibError for what is none of these.
@@ -99,29 +99,23 @@ class Run:
     @property
     def variant(self) -> str:
         """What is compared, whatever the seed, model and data: "literal qwen lr0.0006", say."""
-        return " ".join(self._variant())
+        return " ".join(filter(None, [self.init, self.reference, *self._changed_settings()]))
 
     @property
     def key(self) -> str:
         """A short name, readable and unique: what differs from the defaults makes its hash."""
-        init, *others = self._variant()
-        reference = others.pop(0) if self.reference else None
-        parts = [Path(self.model).name, init, reference, self.data, *others]
-        parts += [f"s{self.seed}"] * (self.init != UNTRAINED)
+        named = [Path(self.model).name, self.init, self.reference, self.data]
+        seed = None if self.init == UNTRAINED else f"s{self.seed}"
         digest = hashlib.sha256(json.dumps(_changed(self), sort_keys=True).encode()).hexdigest()
-        return "-".join([part for part in parts if part] + [digest[:8]])
+        return "-".join(filter(None, [*named, *self._changed_settings(), seed, digest[:8]]))
 
-    def _variant(self) -> list[str]:
-        """The initialisation, its reference, and the settings named in a key if changed."""
+    def _changed_settings(self) -> list[str]:
+        """The settings that have a short name, where they are not as by default."""
         changed = _changed(self)
-        hyperparameters = changed.get("hyperparameters", {})
-        parts = [self.init] + [self.reference] * (self.reference is not None)
-        parts += [f"lr{self.hyperparameters.learning_rate:g}"] * (
-            "learning_rate" in hyperparameters
-        )
-        parts += [f"r{self.hyperparameters.rank}"] * ("rank" in hyperparameters)
-        parts += [f"b{self.b_scale:g}"] * ("b_scale" in changed)
-        return parts
+        inner = changed.get("hyperparameters", {})
+        named = {"lr": inner.get("learning_rate"), "r": inner.get("rank")}
+        named["b"] = changed.get("b_scale")
+        return [f"{short}{value:g}" for short, value in named.items() if value is not None]
 
     def to_json(self) -> str:
         """As text, whose content `from_dict` takes back."""
@@ -172,7 +166,7 @@ def _changed(value: Any) -> dict[str, Any]:
     """
     changed = {}
     for f in fields(value):
-        default = f.default if f.default is not MISSING else f.default_factory()
+        default = f.default if f.default_factory is MISSING else f.default_factory()
         here = getattr(value, f.name)
         if here != default:
             changed[f.name] = _changed(here) if hasattr(here, "__dataclass_fields__") else here

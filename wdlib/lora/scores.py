@@ -88,11 +88,6 @@ def correct(scores: Scores, *, normalised: bool = False) -> np.ndarray:
     return scores.orders[order, answers(scores, normalised=normalised)] == scores.gold[:, None]
 
 
-def accuracy(scores: Scores, *, normalised: bool = False) -> float:
-    """The harness's acc, or acc_norm: the share of right answers in its own order of options."""
-    return float(correct(scores, normalised=normalised)[:, 0].mean())
-
-
 def letters(scores: Scores) -> np.ndarray:
     """How often the answer stands at each position, in each order: (O, K) int64."""
     chosen = answers(scores)

@@ -8,15 +8,14 @@ padding is computed. A run that was stopped at any moment continues at its last 
 finished one is not repeated.
 """
 
-import hashlib
 import json
 import platform
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -44,6 +43,7 @@ from wdlib.lora.runs import UNTRAINED, Run
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 HELD_OUT_BATCH = 8
@@ -82,10 +82,12 @@ def native_dtype() -> str:
     return "bfloat16" if native else "float32"
 
 
-def result(folder: str | Path) -> dict | None:
+def result(folder: str | Path) -> dict[str, Any] | None:
     """What a finished run left in its folder; None where it is not finished."""
     path = Path(folder) / _RESULT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return paths.read_json(path, dict, what="a run's result", remedy="remove the run's folder")
 
 
 def train(
@@ -104,8 +106,8 @@ def train(
         state/       Trainer's own account of the run;
         result.json  written last: configuration, curve, held-out loss before and after (mean per
                      token and sums per example, in nats), step-0 shift, hashes, versions, timings.
-    Raises: WdlibError as `examples`, `models.resolve`, `pretrained.load`, `characterize.load` and
-    `lora.attach` do, for a folder that holds another run, and for a number of processes that does
+    Raises: WdlibError as `examples`, `resolve`, `pretrained.load`, `characterise.load` and `attach`
+    do, for a folder that holds another run, and for a number of processes that does
     not divide the micro-batches of a step.
     Source: arXiv 2509.00046 (docs/method.md, section 8).
     """
@@ -114,68 +116,43 @@ def train(
     if (folder / _RESULT).is_file():
         return folder
     begun = time.perf_counter()
-    h = run.hyperparameters
     state = process_state()
-    if h.accumulation % state.num_processes:
+    if run.hyperparameters.accumulation % state.num_processes:
         raise WdlibError(
-            f"{state.num_processes} processes cannot share {h.accumulation} micro-batches: use a "
-            "number that divides them"
+            f"{state.num_processes} processes cannot share {run.hyperparameters.accumulation} "
+            "micro-batches: use a number that divides them"
         )
     rows = examples(run.data, folder=data_folder)
-    characterisation = run.characterisation()
     loaded = pretrained.load(run.model)
-    if loaded.tokenizer is None:
-        raise WdlibError(
-            f"{loaded.checkpoint.name} has no tokenizer: give the model's whole folder"
-        )
-    settings = {"max_length": h.max_length, "answers_only": h.answers_only}
-    to_train, held_out = (tokenise(part, loaded.tokenizer, **settings) for part in split(rows))
-    plan = schedule(len(to_train), h.batch * h.accumulation, h.steps, run.seed)
-    ordered = [to_train[i] for step in plan for i in _by_length(step, to_train)]
-
-    model, report = loaded.model.to(state.device), None
-    if run.init != UNTRAINED:
-        model, report = initialisation.attach(
-            model,
-            run.init,
-            characterisation=characterise.load(characterisation) if characterisation else None,
-            settings=LoraSettings(h.rank, h.alpha, h.dropout, h.targets),
-            b_scale=run.b_scale,
-            seed=run.seed,
-            **_eva_batches(run, ordered, state.device),
-        )
-    dtype = native_dtype() if h.dtype == "auto" else h.dtype
-    _cast_frozen(model, dtype, everything=run.init == UNTRAINED)
-    start = _measure_start(model, held_out, folder / _START, adapter=run.init != UNTRAINED)
-    prepared = time.perf_counter() - begun
-    after, curve = start["held_out"], []
-    if run.init != UNTRAINED:
-        curve = _fit(model, ordered, run, folder=folder, save_every=save_every)
-        after = held_out_loss(model, held_out)
+    tokens = _tokens(run, rows, loaded.needed_tokenizer())
+    model = loaded.model.to(state.device)
+    if run.init == UNTRAINED:
+        outcome = _measure_untrained(run, model, tokens, folder)
+    else:
+        outcome = _train_adapter(run, model, tokens, folder, save_every)
     if state.is_main_process:
-        if run.init != UNTRAINED:
-            export(model, folder / "adapter")
+        characterisation = run.characterisation()
         content = {
             "key": run.key,
             "configuration": asdict(run),
-            "dtype": dtype,
-            "data": _data_facts(rows, to_train, held_out, ordered),
-            "held_out": {"before": start["held_out"], "after": after},
-            "step0": start["step0"],
-            "curve": curve,
+            "dtype": _dtype(run),
+            "data": {"examples": len(rows), **tokens.counts()},
+            "held_out": {"before": outcome.start["held_out"], "after": outcome.after},
+            "step0": outcome.start["step0"],
+            "curve": outcome.curve,
             "model": _model_facts(loaded.checkpoint),
             "hashes": {
                 "model": files.content_hash(loaded.checkpoint),
                 "data": data_hash(rows),
-                "characterisation": _file_hash(characterisation) if characterisation else None,
-                "adapter": _file_hash(folder / ADAPTER_FILE) if run.init != UNTRAINED else None,
+                "characterisation": characterisation and paths.file_sha256(characterisation),
+                "adapter": outcome.adapter and paths.file_sha256(outcome.adapter),
             },
-            "initialisation": asdict(report) if report else None,
+            "initialisation": outcome.report and asdict(outcome.report),
             "versions": versions(),
             "machine": _machine(state),
             "seconds": {
-                "preparation": prepared,
-                "steps": sum(step["seconds"] for step in curve),
+                "preparation": outcome.ready - begun,
+                "steps": sum(step["seconds"] for step in outcome.curve),
                 "this_call": time.perf_counter() - begun,
             },
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -184,6 +161,101 @@ def train(
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     state.wait_for_everyone()
     return folder
+
+
+@dataclass(frozen=True)
+class _RunTokens:
+    """The examples of a run: to train on, held out, and in the order in which it trains on them."""
+
+    to_train: list[Tokens]
+    held_out: list[Tokens]
+    ordered: list[Tokens]
+
+    def counts(self) -> dict[str, int]:
+        """How many of each there are, and how many were cut."""
+        return {
+            "train": len(self.to_train),
+            "held_out": len(self.held_out),
+            "seen": len(self.ordered),
+            "cut": sum(s.cut for s in self.ordered),
+            "cut_held_out": sum(s.cut for s in self.held_out),
+        }
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a run came to.
+
+    start: held-out loss and step 0, before training. after: held-out loss. curve: a row per step.
+    ready: `time.perf_counter` as training could begin. adapter: its file. report: of its start.
+    """
+
+    start: dict[str, Any]
+    after: dict[str, Any]
+    curve: list[dict[str, Any]]
+    ready: float
+    adapter: Path | None = None
+    report: initialisation.Report | None = None
+
+
+def _tokens(run: Run, rows: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") -> _RunTokens:
+    h = run.hyperparameters
+    to_train, held_out = (
+        tokenise(part, tokenizer, max_length=h.max_length, answers_only=h.answers_only)
+        for part in split(rows)
+    )
+    plan = schedule(len(to_train), h.batch * h.accumulation, h.steps, run.seed)
+    ordered = [to_train[i] for step in plan for i in by_length(step, to_train)]
+    return _RunTokens(to_train, held_out, ordered)
+
+
+def _dtype(run: Run) -> str:
+    """The data type of the frozen weights on this machine."""
+    asked = run.hyperparameters.dtype
+    return native_dtype() if asked == "auto" else asked
+
+
+def _measure_untrained(
+    run: Run, model: "PreTrainedModel", tokens: _RunTokens, folder: Path
+) -> _Outcome:
+    _cast(model.parameters(), _dtype(run))
+    start = _measured_once(
+        folder / _START, lambda: {"held_out": held_out_loss(model, tokens.held_out), "step0": None}
+    )
+    return _Outcome(start, after=start["held_out"], curve=[], ready=time.perf_counter())
+
+
+def _train_adapter(
+    run: Run, base: "PreTrainedModel", tokens: _RunTokens, folder: Path, save_every: int
+) -> _Outcome:
+    """Attach, measure, train, measure again, and export to `folder`/adapter."""
+    h, reference = run.hyperparameters, run.characterisation()
+    model, report = initialisation.attach(
+        base,
+        run.init,
+        characterisation=characterise.load(reference) if reference else None,
+        settings=LoraSettings(h.rank, h.alpha, h.dropout, h.targets),
+        b_scale=run.b_scale,
+        seed=run.seed,
+        batches=_eva_batches(tokens.ordered, h.batch, base.device) if run.init == "eva" else None,
+    )
+    _cast(
+        (p for n, p in model.named_parameters() if not (p.requires_grad or ".lora_" in n)),
+        _dtype(run),
+    )
+
+    def measure() -> dict[str, Any]:
+        batch = {k: v.to(base.device) for k, v in pad(tokens.held_out[:STEP0_EXAMPLES]).items()}
+        held_out = held_out_loss(model, tokens.held_out)
+        return {"held_out": held_out, "step0": asdict(step0(model, batch))}
+
+    start = _measured_once(folder / _START, measure)
+    ready = time.perf_counter()
+    curve = _fit(model, tokens.ordered, run, folder=folder, save_every=save_every)
+    after = held_out_loss(model, tokens.held_out)
+    if process_state().is_main_process:
+        export(model, folder / "adapter")
+    return _Outcome(start, after, curve, ready, folder / ADAPTER_FILE, report)
 
 
 def _claim(run: Run, folder: Path) -> None:
@@ -197,45 +269,31 @@ def _claim(run: Run, folder: Path) -> None:
     paths.write_text(path, run.to_json())
 
 
-def _by_length(step: np.ndarray, sequences: Sequence[Tokens]) -> list[int]:
+def by_length(step: np.ndarray, sequences: Sequence[Tokens]) -> list[int]:
+    """The examples of a step, by number, the longest first: equals share a micro-batch."""
     return sorted(step.tolist(), key=lambda i: (-len(sequences[i].ids), i))
 
 
-def _eva_batches(run: Run, ordered: list[Tokens], device: Any) -> dict[str, Any]:
-    if run.init != "eva":
-        return {}
-    size = run.hyperparameters.batch
+def _eva_batches(
+    ordered: list[Tokens], size: int, device: "torch.device"
+) -> list[dict[str, "torch.Tensor"]]:
     starts = range(0, min(len(ordered), EVA_BATCHES * size), size)
-    return {
-        "batches": [
-            {"input_ids": pad(ordered[i : i + size])["input_ids"].to(device)} for i in starts
-        ]
-    }
+    return [{"input_ids": pad(ordered[i : i + size])["input_ids"].to(device)} for i in starts]
 
 
-def _cast_frozen(model: "torch.nn.Module", dtype: str, *, everything: bool) -> None:
-    """The base weights in a data type of their own; what an adapter holds stays in float32."""
+def _cast(parameters: Iterable["torch.nn.Parameter"], dtype: str) -> None:
+    """Frozen weights in a data type of their own; what an adapter holds stays in float32."""
     import torch
 
-    for name, parameter in model.named_parameters():
-        if everything or not (parameter.requires_grad or ".lora_" in name):
-            parameter.data = parameter.data.to(getattr(torch, dtype))
+    for parameter in parameters:
+        parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
-def _measure_start(
-    model: "torch.nn.Module", held_out: list[Tokens], path: Path, *, adapter: bool
-) -> dict:
-    """Held-out loss and step-0 shift before training, measured once and kept."""
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    device = next(model.parameters()).device
-    batch = {k: v.to(device) for k, v in pad(held_out[:STEP0_EXAMPLES]).items()}
-    measured = {
-        "held_out": held_out_loss(model, held_out),
-        "step0": asdict(step0(model, batch)) if adapter else None,
-    }
-    paths.write_text(path, json.dumps(measured))
-    return measured
+def _measured_once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured before training: read if an earlier call has, else measured and kept."""
+    if not path.is_file():
+        paths.write_text(path, json.dumps(measure()))
+    return paths.read_json(path, dict, what="a run's start", remedy="remove the run's folder")
 
 
 def held_out_loss(
@@ -291,12 +349,13 @@ def _fit(
     for row in rows:
         last = row["step"] * per_step
         curve.append(
-            {key: row[key] for key in keys} | _size(ordered[last - per_step : last], h.batch)
+            {key: row[key] for key in keys} | token_counts(ordered[last - per_step : last], h.batch)
         )
     return curve
 
 
-def _size(step: list[Tokens], batch: int) -> dict[str, int]:
+def token_counts(step: list[Tokens], batch: int) -> dict[str, int]:
+    """How many tokens of a step are learnt, and how many its padded micro-batches hold."""
     parts = [step[i : i + batch] for i in range(0, len(step), batch)]
     return {
         "tokens": sum(label != IGNORED for s in step for label in s.labels),
@@ -314,25 +373,25 @@ def _trainer(
     class Watch(TrainerCallback):
         """Adds the time of each step to its row, and marks each checkpoint that is whole."""
 
-        def on_step_begin(self, args, state, control, **_):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.begun = time.perf_counter()
 
-        def on_step_end(self, args, state, control, **_):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.seconds = time.perf_counter() - self.begun
 
-        def on_log(self, args, state, control, **_):
+        def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if "loss" in state.log_history[-1]:
                 state.log_history[-1]["seconds"] = self.seconds
 
-        def on_save(self, args, state, control, **_):
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
                 (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
 
     class AdapterTrainer(Trainer):
         """Resumes every adapter of the model; Trainer's own way switches all but one off."""
 
-        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-            target = model or self.model
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            target: Any = model or self.model
             for name in target.peft_config:
                 part = Path(resume_from_checkpoint) / ("" if name == ADAPTER else name)
                 state = load_file(part / "adapter_model.safetensors")
@@ -413,20 +472,3 @@ def _model_facts(checkpoint: files.Checkpoint) -> dict[str, str]:
         key: getattr(checkpoint, key)
         for key in ("name", "source", "revision", "quantisation", "note")
     }
-
-
-def _data_facts(
-    rows: Sequence[Example], to_train: list[Tokens], held_out: list[Tokens], ordered: list[Tokens]
-) -> dict[str, int]:
-    return {
-        "examples": len(rows),
-        "train": len(to_train),
-        "held_out": len(held_out),
-        "seen": len(ordered),
-        "cut": sum(s.cut for s in ordered),
-        "cut_held_out": sum(s.cut for s in held_out),
-    }
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -157,9 +157,9 @@ def strips(data: pd.DataFrame, colors: dict[str, str], ax: Axes) -> Axes:
             ax.plot(x, [level] * len(x), "o", color=colors[case], ms=4, alpha=0.75, mew=0)
     for (heading, row, x), part in named.groupby(["heading", "row", "x"]):
         ax.plot(x, y[heading, row], "|", color=ACCENT, ms=8, mew=1.2)
-        style = {"bbox": {"fc": "white", "ec": "none", "pad": 0.5}, "va": "center_baseline"}
-        ax.annotate(", ".join(part.case), (x, y[heading, row]), (5, 0), color=ACCENT,
-                    fontsize=6.5, textcoords="offset points", **style)  # fmt: skip
+        box = {"fc": "white", "ec": "none", "pad": 0.5}
+        ax.annotate(", ".join(part.case), (x, y[heading, row]), (5, 0), color=ACCENT, bbox=box,
+                    fontsize=6.5, textcoords="offset points", va="center_baseline")  # fmt: skip
     for heading in headings:
         top = min(v for place, v in y.items() if place[0] == heading)
         ax.text(-0.01, top - 0.85, heading, transform=ax.get_yaxis_transform(), weight="bold",

@@ -5,10 +5,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from scipy.stats import binomtest
 
 from wdlib.fits import alternatives, estimators
 from wdlib.plots.style import ACCENT, COLORS, INK
-from wdlib.stats import wilson
 
 ESTIMATOR_COLORS = {"csn": ACCENT, "full": "#2e7d4f", "loglog": "#7b5ea7"}
 
@@ -111,6 +111,6 @@ def size_table(sizes: pd.DataFrame) -> pd.DataFrame:
     for test, column in {"independent draws": "iid", "shared vectors": "vectors"}.items():
         for case in sizes.itertuples():
             rate, n = getattr(case, f"rejected_{column}"), case.repetitions
-            low, high = wilson(round(rate * n), n)
+            low, high = binomtest(round(rate * n), n).proportion_ci(method="wilson")
             rows.append((f"{case.dependence}, {case.vectors} vectors", test, rate, low, high))
     return pd.DataFrame(rows, columns=["case", "test", "rate", "low", "high"])

@@ -70,6 +70,6 @@ def layer_legend(ax: Axes, layers: int) -> Axes:
     """An Axes given over to the colour scale of `singular_values`."""
     ax.set_axis_off()
     scale = plt.cm.ScalarMappable(plt.Normalize(0, max(layers - 1, 1)), "viridis")
-    bar = ax.figure.colorbar(scale, cax=ax.inset_axes([0.1, 0.05, 0.12, 0.9]))
+    bar = ax.figure.colorbar(scale, cax=ax.inset_axes((0.1, 0.05, 0.12, 0.9)))
     bar.set_label("layer")
     return ax

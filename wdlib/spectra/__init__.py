@@ -7,7 +7,7 @@ In: a model, or a stream of projections. Out: `Spectra`, stored (`load`), or com
 from wdlib.spectra import kernel, nulls
 from wdlib.spectra.jobs import available_rank, check_rank, collect, compute, of
 from wdlib.spectra.kernel import top_singular_values
-from wdlib.spectra.store import Spectra, is_stored, load, save
+from wdlib.spectra.store import Spectra, is_stored, load, save, stored_file
 
 __all__ = [
     "Spectra",
@@ -21,5 +21,6 @@ __all__ = [
     "nulls",
     "of",
     "save",
+    "stored_file",
     "top_singular_values",
 ]

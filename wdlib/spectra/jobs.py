@@ -126,8 +126,9 @@ def _end_with_parent() -> None:
     """In a worker: end when its parent has, which a killed parent cannot see to."""
 
     def watch() -> None:
-        parent_process().join()
-        os._exit(1)
+        if parent := parent_process():
+            parent.join()
+            os._exit(1)
 
     Thread(target=watch, daemon=True).start()
 
@@ -172,7 +173,7 @@ def merge(shards: Sequence[Spectra]) -> Spectra:
             sizes = [shape for s in of_type for shape in s.shapes.get(t, ())]
             if len(sizes) == len(there):  # files of earlier versions hold none
                 shapes[t] = tuple(sizes[i] for i in order)
-    methods = Counter()
+    methods: Counter[str] = Counter()
     for s in shards:
         for item in s.provenance["methods"].split(", "):
             method, number = item.rsplit(" ", 1)

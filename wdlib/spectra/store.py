@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -170,7 +170,7 @@ def stored_file(model: str | Path) -> Path:
     return paths.SPECTRA / f"{model}.safetensors"
 
 
-def number_of_layers(model: str, values: Mapping[str, Sequence]) -> int:
+def number_of_layers(model: str, values: Mapping[str, Sized]) -> int:
     """How many layers a model has, where each has one matrix of every type.
 
     Raises WdlibError where types differ in number: rows are then of layers and experts.
