@@ -10,14 +10,6 @@ from wdlib.checkpoints.plan import Entry, inventory
 from wdlib.checkpoints.stream import Projection, projections, requantise
 
 __all__ = [
-    "DEFAULT",
-    "Checkpoint",
-    "Entry",
-    "Projection",
-    "content_hash",
-    "inventory",
-    "models",
-    "projections",
-    "requantise",
-    "resolve",
-]
+    "DEFAULT", "Checkpoint", "Entry", "Projection", "content_hash", "inventory", "models",
+    "projections", "requantise", "resolve",
+]  # fmt: skip

@@ -10,16 +10,6 @@ from wdlib.fingerprints.identity import identify
 from wdlib.fingerprints.record import Fingerprint, check, compute, library, of, save, shipped
 
 __all__ = [
-    "Fingerprint",
-    "check",
-    "clusters",
-    "compute",
-    "identify",
-    "identity",
-    "library",
-    "movement",
-    "of",
-    "save",
-    "shipped",
-    "values",
-]
+    "Fingerprint", "check", "clusters", "compute", "identify", "identity", "library", "movement",
+    "of", "save", "shipped", "values",
+]  # fmt: skip

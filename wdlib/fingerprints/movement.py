@@ -6,13 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wdlib import WdlibError
-from wdlib.fingerprints.identity import (
-    cluster_distance,
-    deviation_distance,
-    distance_table,
-    matched_distance,
-    spectral_difference,
-)
+from wdlib.fingerprints import identity
 from wdlib.fingerprints.record import Fingerprint
 
 SDV, CV, REFITTED, SPECTRA = READINGS = (
@@ -35,11 +29,12 @@ def movements(base: Fingerprint, others: Sequence[Fingerprint]) -> dict[str, np.
     """
     every = [base, *others]
     vectors = [f.clustering_vector(base.clusters) for f in every]
+    spectra = [f.singular_values for f in every]
     return {
-        SDV: distance_table([f.deviations for f in every], deviation_distance),
-        CV: distance_table(vectors, cluster_distance),
-        REFITTED: distance_table(every, matched_distance),
-        SPECTRA: distance_table([f.singular_values for f in every], spectral_difference),
+        SDV: identity.distance_table([f.deviations for f in every], identity.deviation_distance),
+        CV: identity.distance_table(vectors, identity.cluster_distance),
+        REFITTED: identity.distance_table(every, identity.matched_distance),
+        SPECTRA: identity.distance_table(spectra, identity.spectral_difference),
     }
 
 

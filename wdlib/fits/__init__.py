@@ -10,14 +10,6 @@ from wdlib.fits.goodness import goodness_of_fit, goodness_of_fit_vectors
 from wdlib.fits.resampling import table_distances, vector_bootstrap
 
 __all__ = [
-    "ESTIMATORS",
-    "PowerLawFit",
-    "alpha_by_xmin",
-    "alternatives",
-    "goodness",
-    "goodness_of_fit",
-    "goodness_of_fit_vectors",
-    "power_law",
-    "table_distances",
-    "vector_bootstrap",
-]
+    "ESTIMATORS", "PowerLawFit", "alpha_by_xmin", "alternatives", "goodness", "goodness_of_fit",
+    "goodness_of_fit_vectors", "power_law", "table_distances", "vector_bootstrap",
+]  # fmt: skip

@@ -25,23 +25,7 @@ from wdlib.lora.runs import Hyperparameters, Run
 from wdlib.lora.training import train
 
 __all__ = [
-    "Hyperparameters",
-    "LoraSettings",
-    "Run",
-    "attach",
-    "benchmarks",
-    "data",
-    "evaluate",
-    "evaluation",
-    "export",
-    "grid",
-    "initialisation",
-    "measure",
-    "pretrained",
-    "reshape_",
-    "results",
-    "runs",
-    "scores",
-    "train",
-    "training",
-]
+    "Hyperparameters", "LoraSettings", "Run", "attach", "benchmarks", "data", "evaluate",
+    "evaluation", "export", "grid", "initialisation", "measure", "pretrained", "reshape_",
+    "results", "runs", "scores", "train", "training",
+]  # fmt: skip

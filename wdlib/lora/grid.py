@@ -22,10 +22,9 @@ from wdlib import TYPES, WdlibError, __version__, paths
 from wdlib.checkpoints.catalogue import catalogue_model
 from wdlib.fingerprints import record
 from wdlib.fingerprints.record import Fingerprint
-from wdlib.lora import adapters, evaluation, pretrained, scores, training
+from wdlib.lora import adapters, data, evaluation, pretrained, scores, training
 from wdlib.lora.adapters import adapted_sites
 from wdlib.lora.benchmarks import TASKS, Protocol
-from wdlib.lora.data import data_hash, examples
 from wdlib.lora.measure import relative_norms
 from wdlib.lora.pretrained import Pretrained
 from wdlib.lora.results import RESULTS, CellResult, fingerprint_file, load_result, read_report
@@ -222,7 +221,7 @@ def _check_alone() -> None:
 
 def _check_data(run: Run, data_folder: str | Path | None, results: Path) -> None:
     """Runs are compared on the same held-out examples: refuse others before anything is trained."""
-    digest = data_hash(examples(run.data, folder=data_folder))
+    digest = data.data_hash(data.examples(run.data, folder=data_folder))
     for path in results.glob(f"*-{run.data}-*.json"):
         if path.name.endswith(".fingerprint.json"):
             continue

@@ -22,20 +22,8 @@ import numpy as np
 
 from wdlib import TYPES, WdlibError, generator
 from wdlib.characterise import Characterisation, Group
-from wdlib.lora.adapters import (
-    ADAPTER,
-    EDIT_BASE,
-    START,
-    LoraSettings,
-    Site,
-    adapted_sites,
-    check_choice,
-    expected_peft_warnings,
-    lora_layers,
-    place_key,
-    plain_config,
-    target_sites,
-)
+from wdlib.lora import adapters
+from wdlib.lora.adapters import ADAPTER, START, Site
 from wdlib.lora.runs import ADAPTER_INITIALISATIONS, PEFT_INITIALISATIONS, RESHAPED
 
 if TYPE_CHECKING:
@@ -114,7 +102,7 @@ def attach(
     init: str,
     *,
     characterisation: Characterisation | None = None,
-    settings: LoraSettings | None = None,
+    settings: adapters.LoraSettings | None = None,
     b_scale: float = 1.0,
     seed: int = 3407,
     batches: Iterable[Mapping[str, "torch.Tensor"]] | None = None,
@@ -135,11 +123,11 @@ def attach(
     import torch
     from peft import EvaConfig, LoraConfig, get_peft_model
 
-    settings = settings or LoraSettings()
-    check_choice("initialisation", init, ADAPTER_INITIALISATIONS)
+    settings = settings or adapters.LoraSettings()
+    adapters.check_choice("initialisation", init, ADAPTER_INITIALISATIONS)
     if hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in model.modules()):
         raise WdlibError("the model already has an adapter: attach to the plain base model")
-    sites = target_sites(model, settings)
+    sites = adapters.target_sites(model, settings)
     plan = None
     if init in RESHAPED:
         if characterisation is None:
@@ -161,9 +149,11 @@ def attach(
         eva_config=EvaConfig(rho=EVA_RHO) if init == "eva" else None,
     )
     originals = {
-        site.name: site.module.weight.detach().clone() for site in sites if init in EDIT_BASE
+        site.name: site.module.weight.detach().clone()
+        for site in sites
+        if init in adapters.EDIT_BASE
     }
-    with torch.random.fork_rng(), expected_peft_warnings():
+    with torch.random.fork_rng(), adapters.expected_peft_warnings():
         torch.manual_seed(seed)
         peft_model = get_peft_model(model, config, low_cpu_mem_usage=init == "eva")
         if init == "eva" and batches is not None:
@@ -176,7 +166,7 @@ def attach(
     attached.init_lora_weights, attached.eva_config = True, None
     if plan is not None:
         return peft_model, _fill(peft_model, plan, init)
-    if init in EDIT_BASE:
+    if init in adapters.EDIT_BASE:
         _hold_start(peft_model)
     return peft_model, _report(peft_model, init, None, seed, {})
 
@@ -211,8 +201,8 @@ def reshape_(
             f"a {type(peft_model).__name__} is no PeftModel: make one with peft's get_peft_model, "
             "or use wdlib.lora.attach"
         )
-    config = plain_config(peft_model)
-    adapted = adapted_sites(peft_model)
+    config = adapters.plain_config(peft_model)
+    adapted = adapters.adapted_sites(peft_model)
     plan = _Plan(characterisation, config.r, mode, sharing, b_scale, seed)
     _check_plan(plan, [site for site, _ in adapted])
     for site, layer in adapted:
@@ -227,8 +217,8 @@ def reshape_(
 
 def _check_plan(plan: _Plan, sites: list[Site]) -> None:
     """Refuse what does not fit; warn where the reference has nothing to say."""
-    check_choice("mode", plan.mode, MODES)
-    check_choice("sharing", plan.sharing, SHARINGS)
+    adapters.check_choice("mode", plan.mode, MODES)
+    adapters.check_choice("sharing", plan.sharing, SHARINGS)
     reference = plan.characterisation
     if not isinstance(reference, Characterisation):
         raise WdlibError(
@@ -277,7 +267,7 @@ def _fill(peft_model: "PeftModel", plan: _Plan, init: str) -> Report:
     """Draw everything, then set it: a failure while drawing leaves the model as it was."""
     import torch
 
-    adapted = adapted_sites(peft_model)
+    adapted = adapters.adapted_sites(peft_model)
     sizes = [(layer.in_features, layer.out_features) for _, layer in adapted]
     drawn = list(_draws(plan, [site for site, _ in adapted], sizes))
     draws = {site.name: draw for (site, _), draw in zip(adapted, drawn, strict=True)}
@@ -311,7 +301,7 @@ def _matrix(
 
     which: 0 for A, 1 for B. Every random stream has its own key, of one length.
     """
-    own = place_key(site)
+    own = adapters.place_key(site)
     shared = {
         "groups": (TYPES.index(group.referenced), 0, 0),
         "one": (len(TYPES), 0, 0),
@@ -352,7 +342,7 @@ def _hold_start(peft_model: "PeftModel") -> None:
     config.init_lora_weights, config.lora_dropout, config.modules_to_save = True, 0.0, None
     with torch.random.fork_rng():
         peft_model.add_adapter(START, config)
-    for _, layer in lora_layers(peft_model):
+    for _, layer in adapters.lora_layers(peft_model):
         for factors, sign in ((layer.lora_A, 1), (layer.lora_B, -1)):
             factors[START].weight.data = sign * factors[ADAPTER].weight.detach().clone()
         # peft makes every active adapter trainable, also after `disable_adapter`; but not these.
@@ -377,7 +367,7 @@ def _report(
     peft_model: "PeftModel", init: str, plan: _Plan | None, seed: int, draws: dict[str, _Draw]
 ) -> Report:
     rows = []
-    for site, layer in adapted_sites(peft_model):
+    for site, layer in adapters.adapted_sites(peft_model):
         draw = draws.get(site.name)
         sigma_a, sigma_b = (
             float(factors[ADAPTER].weight.detach().cpu().double().std(correction=0))

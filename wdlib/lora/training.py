@@ -25,19 +25,9 @@ import numpy as np
 
 from wdlib import WdlibError, __version__, characterise, paths
 from wdlib.checkpoints import files
-from wdlib.lora import initialisation, pretrained
+from wdlib.lora import data, initialisation, pretrained
 from wdlib.lora.adapters import ADAPTER, LoraSettings, export
-from wdlib.lora.data import (
-    IGNORED,
-    Example,
-    Tokens,
-    data_hash,
-    examples,
-    pad,
-    schedule,
-    split,
-    tokenise,
-)
+from wdlib.lora.data import Example, Tokens
 from wdlib.lora.measure import step0
 from wdlib.lora.runs import UNTRAINED, Run
 
@@ -122,7 +112,7 @@ def train(
             f"{state.num_processes} processes cannot share {run.hyperparameters.accumulation} "
             "micro-batches: use a number that divides them"
         )
-    rows = examples(run.data, folder=data_folder)
+    rows = data.examples(run.data, folder=data_folder)
     loaded = pretrained.load(run.model)
     tokens = _tokens(run, rows, loaded.needed_tokenizer())
     model = loaded.model.to(state.device)
@@ -143,7 +133,7 @@ def train(
             "model": _model_facts(loaded.checkpoint),
             "hashes": {
                 "model": files.content_hash(loaded.checkpoint),
-                "data": data_hash(rows),
+                "data": data.data_hash(rows),
                 "characterisation": characterisation and paths.file_sha256(characterisation),
                 "adapter": outcome.adapter and paths.file_sha256(outcome.adapter),
             },
@@ -201,10 +191,10 @@ class _Outcome:
 def _tokens(run: Run, rows: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") -> _RunTokens:
     h = run.hyperparameters
     to_train, held_out = (
-        tokenise(part, tokenizer, max_length=h.max_length, answers_only=h.answers_only)
-        for part in split(rows)
+        data.tokenise(part, tokenizer, max_length=h.max_length, answers_only=h.answers_only)
+        for part in data.split(rows)
     )
-    plan = schedule(len(to_train), h.batch * h.accumulation, h.steps, run.seed)
+    plan = data.schedule(len(to_train), h.batch * h.accumulation, h.steps, run.seed)
     ordered = [to_train[i] for step in plan for i in by_length(step, to_train)]
     return _RunTokens(to_train, held_out, ordered)
 
@@ -245,7 +235,9 @@ def _train_adapter(
     )
 
     def measure() -> dict[str, Any]:
-        batch = {k: v.to(base.device) for k, v in pad(tokens.held_out[:STEP0_EXAMPLES]).items()}
+        batch = {
+            k: v.to(base.device) for k, v in data.pad(tokens.held_out[:STEP0_EXAMPLES]).items()
+        }
         held_out = held_out_loss(model, tokens.held_out)
         return {"held_out": held_out, "step0": asdict(step0(model, batch))}
 
@@ -278,7 +270,7 @@ def _eva_batches(
     ordered: list[Tokens], size: int, device: "torch.device"
 ) -> list[dict[str, "torch.Tensor"]]:
     starts = range(0, min(len(ordered), EVA_BATCHES * size), size)
-    return [{"input_ids": pad(ordered[i : i + size])["input_ids"].to(device)} for i in starts]
+    return [{"input_ids": data.pad(ordered[i : i + size])["input_ids"].to(device)} for i in starts]
 
 
 def _cast(parameters: Iterable["torch.nn.Parameter"], dtype: str) -> None:
@@ -313,10 +305,10 @@ def held_out_loss(
     with torch.inference_mode():
         for first in range(0, len(order), batch):
             chosen = order[first : first + batch]
-            padded = {k: v.to(device) for k, v in pad([sequences[i] for i in chosen]).items()}
+            padded = {k: v.to(device) for k, v in data.pad([sequences[i] for i in chosen]).items()}
             logits = model(input_ids=padded["input_ids"], use_cache=False).logits
             for i, row, labels in zip(chosen, logits, padded["labels"], strict=True):
-                counted = labels[1:] != IGNORED
+                counted = labels[1:] != data.IGNORED
                 losses = torch.nn.functional.cross_entropy(
                     row[:-1][counted].float(), labels[1:][counted], reduction="none"
                 )
@@ -358,7 +350,7 @@ def token_counts(step: list[Tokens], batch: int) -> dict[str, int]:
     """How many tokens of a step are learnt, and how many its padded micro-batches hold."""
     parts = [step[i : i + batch] for i in range(0, len(step), batch)]
     return {
-        "tokens": sum(label != IGNORED for s in step for label in s.labels),
+        "tokens": sum(label != data.IGNORED for s in step for label in s.labels),
         "padded": sum(len(part) * max(len(s.ids) for s in part) for part in parts),
     }
 
@@ -428,7 +420,7 @@ def _trainer(
             model,
             arguments,
             train_dataset=ordered,
-            data_collator=pad,
+            data_collator=data.pad,
             callbacks=[Watch()],
         )
     trainer.remove_callback(PrinterCallback)

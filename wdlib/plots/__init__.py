@@ -19,21 +19,7 @@ from wdlib.plots.style import (
 )
 
 __all__ = [
-    "ACCENT",
-    "COLORS",
-    "INK",
-    "NULL_COLORS",
-    "classes",
-    "distances",
-    "fingerprints",
-    "fits",
-    "folder",
-    "generator",
-    "label_lowest",
-    "lora",
-    "save",
-    "set_style",
-    "shades",
-    "spectra",
+    "ACCENT", "COLORS", "INK", "NULL_COLORS", "classes", "distances", "fingerprints", "fits",
+    "folder", "generator", "label_lowest", "lora", "save", "set_style", "shades", "spectra",
     "text_table",
-]
+]  # fmt: skip

@@ -10,17 +10,6 @@ from wdlib.spectra.kernel import top_singular_values
 from wdlib.spectra.store import Spectra, is_stored, load, save, stored_file
 
 __all__ = [
-    "Spectra",
-    "available_rank",
-    "check_rank",
-    "collect",
-    "compute",
-    "is_stored",
-    "kernel",
-    "load",
-    "nulls",
-    "of",
-    "save",
-    "stored_file",
-    "top_singular_values",
-]
+    "Spectra", "available_rank", "check_rank", "collect", "compute", "is_stored", "kernel", "load",
+    "nulls", "of", "save", "stored_file", "top_singular_values",
+]  # fmt: skip
