@@ -9,6 +9,6 @@ workflow: setup .venv-workflow/bin/snakemake; @PATH="$(CURDIR)/.venv/bin:$(CURDI
 test-cluster: setup .venv-workflow/bin/snakemake; @PATH="$(CURDIR)/.venv/bin:$(CURDIR)/.venv-workflow/bin:$$PATH" .venv/bin/python tests/cluster/run.py
 .venv-workflow/bin/snakemake: requirements-workflow.lock | setup; .venv/bin/python -m venv --clear .venv-workflow && .venv-workflow/bin/python -m pip install -qq -r requirements-workflow.lock
 bench: setup; .venv/bin/python -m venv .venv-bench && .venv-bench/bin/python -m pip install -qq -r requirements-bench.lock && .venv/bin/python docs/bench.py
-lint: setup; .venv/bin/ruff check . && .venv/bin/ruff format --check .
+lint: setup; .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 fetch: setup; @.venv/bin/wdlib fetch
 setup: ; @.ci/setup

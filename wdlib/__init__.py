@@ -1,7 +1,9 @@
 """wdlib: how the weights of large language models are distributed, and what that is good for.
 
-Data flows one way: checkpoint -> weights -> spectra -> distances -> fits. Every module imports only
-those before it, and importing the package itself imports none of them.
+Data flows one way, from station to station: checkpoints -> spectra -> distances -> fits ->
+characterise -> generator -> lora, and beside them fingerprints. A station is a file or a folder
+whose `__init__` is its face. It imports only stations before it, and importing the package itself
+imports none of them.
 """
 
 __version__ = "0.1.0"
