@@ -99,20 +99,32 @@ def _characterise(options: argparse.Namespace) -> None:
 
 
 def _stored(options: argparse.Namespace) -> None:
-    from wdlib import characterise
-    from wdlib.checkpoints import files
+    from wdlib import characterise, provenance
+    from wdlib.checkpoints.files import matches_source
+    from wdlib.fingerprints import record
     from wdlib.spectra import store
 
     sources, held = dict(options.sources), {}
     for path in sorted(paths.SPECTRA.glob("*.safetensors")):
-        held[path.stem] = found = store.load(path)
-        current = files.matches_source(found.provenance, sources.get(path.stem, path.stem))
-        print(f"spectra  {path.stem}  {found.rank}  {_STATES[current]}")
+        held[path.stem] = kept = store.load(path)
+        current = matches_source(kept.provenance, sources.get(path.stem, path.stem))
+        print(f"spectra  {path.stem}  {kept.rank}  {_STATES[current]}")
+    for path in sorted((paths.SPECTRA / "nulls").glob("*.safetensors")):
+        kept, model = store.load(path), path.stem.rpartition("-")[0]
+        current = matches_source({"sha256": kept.provenance["sha256 of the model"]}, model)
+        print(f"null  {path.stem}  {kept.rank}  {_STATES[current]}")
     for path in sorted((paths.RESULTS / "characterisation").glob("*.json")):
-        character = characterise.load(path)
-        there = held.get(path.stem.removesuffix(f"-r{character.rank}"))
-        current = there is not None and characterise.matches_spectra(character, there)
-        print(f"characterisation  {path.stem}  {character.rank}  {_STATES[current]}")
+        found = characterise.load(path)
+        there = held.get(path.stem.removesuffix(f"-r{found.rank}"))
+        current = there is not None and characterise.matches_spectra(found, there)
+        print(f"characterisation  {path.stem}  {found.rank}  {_STATES[current]}")
+    for path in sorted((paths.RESULTS / "fingerprints").glob("*.json")):
+        known = record.load(path)
+        current = matches_source(known.provenance, path.stem)
+        print(f"fingerprint  {path.stem}  {known.rank}  {_STATES[current]}")
+    for path in provenance.tables():
+        name = path.relative_to(paths.RESULTS).as_posix()
+        print(f"table  {name}  -  {provenance.state(path)}")
 
 
 _STATES = ("out of date", "up to date")

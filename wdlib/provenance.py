@@ -123,6 +123,11 @@ def load(path: Path) -> Provenance:
     )
 
 
+def tables() -> list[Path]:
+    """The tables of data/results."""
+    return sorted(paths.RESULTS.rglob("*.csv"))
+
+
 def state(path: Path) -> str:
     """Whether a table is up to date, or the first reason why not.
 

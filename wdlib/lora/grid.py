@@ -138,14 +138,20 @@ def state(cell: Cell, *, results: Path = RESULTS, work: Path = WORK) -> str:
     return _state(cell, load_result(cell.run, results=results), work)
 
 
-def _state(cell: Cell, stored: CellResult | None, work: Path) -> str:
-    if stored is not None:
-        unseen = cell.fingerprint and stored.fingerprint is None
-        return EXTENDABLE if unseen or _missing(stored.evaluation, cell.protocol) else FINISHED
+def _state(cell: Cell, found: CellResult | None, work: Path) -> str:
+    if found is not None:
+        return FINISHED if is_finished(cell, found) else EXTENDABLE
     reference = cell.run.characterisation()
     if reference is not None and not reference.is_file():
         return LACKING
     return BEGUN if (work / cell.run.key).is_dir() else TO_DO
+
+
+def is_finished(cell: Cell, found: CellResult | None) -> bool:
+    """Whether a result holds all that its cell asks for."""
+    if found is None or (cell.fingerprint and found.fingerprint is None):
+        return False
+    return _missing(found.evaluation, cell.protocol) is None
 
 
 def run_grid(
