@@ -111,7 +111,7 @@ def _stored(options: argparse.Namespace) -> None:
         print(f"spectra  {path.stem}  {kept.rank}  {_STATES[current]}")
     for path in sorted((paths.SPECTRA / "nulls").glob("*.safetensors")):
         kept, model = store.load(path), path.stem.rpartition("-")[0]
-        current = matches_source({"sha256": kept.provenance["sha256 of the model"]}, model)
+        current = matches_source({"sha256": kept.provenance.get("sha256 of the model", "")}, model)
         print(f"null  {path.stem}  {kept.rank}  {_STATES[current]}")
     for path in sorted((paths.RESULTS / "characterisation").glob("*.json")):
         found = characterise.load(path)

@@ -35,16 +35,6 @@ from wdlib import WdlibError
 from wdlib.fits.estimators import MIN_DISTINCT
 from wdlib.fits.resampling import checked_distances, table_distances, vector_draws
 
-ALTERNATIVES = (
-    "power_law",
-    "lognormal",
-    "exponential",
-    "stretched_exponential",
-    "truncated_power_law",
-    "gamma",
-    "normal",
-)
-
 LIMITS = {
     "lognormal": "power_law",
     "stretched_exponential": "power_law",
@@ -239,11 +229,8 @@ def _tail(x: np.ndarray, xmin: float | None) -> tuple[np.ndarray, float]:
     return tail, float(xmin)
 
 
-_Function = Callable[[str, Mapping[str, float], float, np.ndarray], np.ndarray]
-
-
 def _on_support(
-    fit: AlternativeFit, x: np.ndarray, function: _Function, outside: float
+    fit: AlternativeFit, x: np.ndarray, function: Callable[..., np.ndarray], outside: float
 ) -> np.ndarray:
     x = np.asarray(x, dtype=np.float64)
     inside = (x >= fit.xmin) & (x > 0)
@@ -515,3 +502,6 @@ _ESTIMATORS = {
     "gamma": _fit_gamma,
     "normal": _fit_normal,
 }
+
+ALTERNATIVES = tuple(_ESTIMATORS)
+"""The names of the families."""
