@@ -137,7 +137,7 @@ def logpdf(fit: AlternativeFit, x: np.ndarray) -> np.ndarray:
 def ccdf(fit: AlternativeFit, x: np.ndarray) -> np.ndarray:
     """P(X >= x) of a fitted family, 1 at its xmin and below; in the shape of `x`.
 
-    To lie on the `fits.ccdf` of all data it is to be multiplied by n / (number of data).
+    To lie on the `estimators.ccdf` of all data it is to be multiplied by n / (number of data).
     """
     return np.exp(_on_support(fit, x, _logsf, 0.0))
 

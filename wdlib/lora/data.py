@@ -68,7 +68,7 @@ DATA = {
 """Alpaca instructions answered by GPT-4 (LLaMA-Factory's sample), arithmetic word problems
 (LLM-Adapters), and the training questions of ARC-Challenge as instructions. The stored runs on
 "math" had an earlier version of the file, with other words around the same answers: their hash
-differs, and `experiments` does not mix the two."""
+differs, and `grid` does not mix the two."""
 
 CHOICE_INSTRUCTION = "Choose the correct answer to the question."
 

@@ -210,7 +210,7 @@ def run_cell(
     lock = FileLock(work / f"{cell.run.key}.lock", timeout=0)
     try:
         with lock:
-            return _do(cell, data_folder, results, work)
+            return _run_locked(cell, data_folder, results, work)
     except Timeout:
         return "another process is doing it"
 
@@ -240,7 +240,7 @@ def _check_data(run: Run, data_folder: str | Path | None, results: Path) -> None
             )
 
 
-def _do(cell: Cell, data_folder: str | Path | None, results: Path, work: Path) -> str:
+def _run_locked(cell: Cell, data_folder: str | Path | None, results: Path, work: Path) -> str:
     stored = load_result(cell.run, results=results)
     if _state(cell, stored, work) == FINISHED:
         return "was finished"

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 HELD_OUT_BATCH = 8
 STEP0_EXAMPLES = 4
-"""The first held-out examples, on which `lora.step0` is measured."""
+"""The first held-out examples, on which `measure.step0` is measured."""
 
 EVA_BATCHES = 16
 """Micro-batches of training examples whose activations EVA reads."""
