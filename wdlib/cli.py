@@ -113,7 +113,7 @@ def _stored(options: argparse.Namespace) -> None:
         kept, model = store.load(path), path.stem.rpartition("-")[0]
         current = matches_source({"sha256": kept.provenance.get("sha256 of the model", "")}, model)
         print(f"null  {path.stem}  {kept.rank}  {_STATES[current]}")
-    for path in sorted((paths.RESULTS / "characterisation").glob("*.json")):
+    for path in sorted((paths.RESULTS / "characterisation").glob("*-r*.json")):
         found = characterise.load(path)
         there = held.get(path.stem.removesuffix(f"-r{found.rank}"))
         current = there is not None and characterise.matches_spectra(found, there)

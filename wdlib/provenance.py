@@ -22,6 +22,7 @@ from wdlib.checkpoints import files
 from wdlib.checkpoints.catalogue import catalogue_model
 
 LIBRARIES = ("numpy", "scipy", "scikit-learn")
+"""Those whose versions every record holds."""
 
 _WEIGHTS = "weights of "
 
@@ -34,7 +35,7 @@ class Provenance:
     """What made a table.
 
     script, script_sha256: its path in the repository, and its content. parameters: what else
-    decided the numbers. versions: of wdlib and `LIBRARIES`. inputs: a path in the repository, or
+    decided the numbers. versions: of wdlib and libraries. inputs: a path in the repository, or
     "weights of" a model -> sha256. date, sha256: of the table. note: what else there is to know.
     """
 
@@ -54,17 +55,18 @@ def of(
     *,
     inputs: Iterable[Path] = (),
     models: Iterable[str] = (),
+    libraries: Iterable[str] = (),
 ) -> Provenance:
     """The provenance of a table that is about to be made; hashes what it is made from.
 
     Arguments: script, its `__file__`; parameters, of what JSON can hold; inputs, files of the
-    repository; models, whose weights are read.
+    repository; models, whose weights are read; libraries, those that are used beside `LIBRARIES`.
     Raises: WdlibError as `resolve` does.
     """
     hashes = {_name(path): paths.file_sha256(path) for path in inputs}
     for model in models:
         hashes[f"{_WEIGHTS}{model}"] = files.content_hash(files.resolve(model))
-    versions = {"wdlib": __version__} | {name: version(name) for name in LIBRARIES}
+    versions = {"wdlib": __version__} | {name: version(name) for name in (*LIBRARIES, *libraries)}
     given = json.loads(json.dumps(parameters))  # as it comes back from a file
     return Provenance(_name(Path(script)), paths.file_sha256(Path(script)), given, versions, hashes)
 

@@ -114,7 +114,7 @@ def tree_scorer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", 
 
     from lm_eval.models.huggingface import HFLM
 
-    class TreeLM(HFLM):  # type: ignore[misc]  # lm-eval ships no annotations
+    class TreeLM(HFLM):
         counted: dict[str, int]
 
         def _loglikelihood_tokens(

@@ -131,7 +131,7 @@ def _gram_float64(W: np.ndarray, r: int) -> SingularValues | None:
     n, m = W.shape
     # All of a matrix up to PRODUCT_BYTES in one piece, so that it takes one product.
     step = max(1, m if 8 * W.size <= PRODUCT_BYTES else PRODUCT_BYTES // (8 * n))
-    G = _syrk(W[:, :step].astype(np.float64, copy=False))
+    G = gram(W[:, :step].astype(np.float64, copy=False))
     for j in range(step, m, step):
         piece = W[:, j : j + step].astype(np.float64, order="F")
         G = blas.dsyrk(1.0, piece, beta=1.0, c=G, lower=1, overwrite_c=1)
@@ -167,7 +167,7 @@ def _accept(
     return None
 
 
-def _syrk(W: np.ndarray) -> np.ndarray:
+def gram(W: np.ndarray) -> np.ndarray:
     """Lower triangle of W W^T in W's own precision, in column-major order."""
     syrk = blas.ssyrk if W.dtype == np.float32 else blas.dsyrk
     if W.flags.c_contiguous:
@@ -179,7 +179,7 @@ def _gram_lanczos(W: np.ndarray, r: int, device: str = "cpu") -> SingularValues 
     """Block Lanczos on the float32 product, corrected by the exact W; None where unproven."""
     n = W.shape[0]
     W32 = W.astype(np.float32, copy=False)
-    G = _mirror(_syrk(W32) if device == "cpu" else _product_on(device, W32))
+    G = _mirror(gram(W32) if device == "cpu" else _product_on(device, W32))
     del W32
     krylov = _block_lanczos(G, r)
     if krylov is None:
@@ -203,7 +203,7 @@ def _gram_lanczos(W: np.ndarray, r: int, device: str = "cpu") -> SingularValues 
 
 
 def _product_on(device: str, W: np.ndarray) -> np.ndarray:
-    """As `_syrk` for float32, made by torch on another device."""
+    """As `gram` for float32, made by torch on another device."""
     import torch
 
     X = torch.from_numpy(np.require(W, requirements="W")).to(device)
