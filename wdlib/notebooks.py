@@ -370,6 +370,7 @@ def _sources(notebook: Path) -> str:
     files |= {path: path.relative_to(package) for path in package.rglob("*.mplstyle")}
     for folder in (paths.SPECTRA, paths.RESULTS, paths.DATA / "experiments"):
         files |= {path: path.relative_to(folder.parent) for path in folder.rglob("*.*")}
+    files = {path: name for path, name in files.items() if ".provenance" not in name.suffixes}
     files |= {path: Path(path.name) for path in (paths.CATALOGUE, paths.ROOT / "requirements.lock")}
     parts = sorted((str(n), _digest(p.read_bytes())) for p, n in files.items() if p.is_file())
     cells = [(cell.cell_type, cell.source) for cell in _read(notebook).cells]

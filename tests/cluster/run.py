@@ -199,9 +199,9 @@ def write_texts(folder: Path) -> None:
         }
         for i in range(9)
     ]
-    from wdlib import training
+    from wdlib.lora import data
 
-    write = {training.DATA["alpaca"].file: rows, "arc_challenge_test.jsonl": items}
+    write = {data.DATA["alpaca"].file: rows, "arc_challenge_test.jsonl": items}
     for name, content in write.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content))
 

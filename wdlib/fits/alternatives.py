@@ -71,8 +71,8 @@ class AlternativeFit:
 class Comparison:
     """Likelihood ratio of two families on the same values.
 
-    ratio: log-likelihood of the first minus that of the second. sign: 1 the first is the likelier,
-        -1 the second, 0 neither. per_point: ratio / n, natural logarithm.
+    ratio: log-likelihood of the first minus that of the second. per_point: ratio / n, natural
+        logarithm.
     p: two-sided probability of so large a ratio if both are equally far from the truth; if
         `nested`, of so large a one if the smaller family is the truth. For independent draws.
     statistic: ratio / (sd sqrt(n)), sd of the n differences: standard normal if both are equally
@@ -80,7 +80,6 @@ class Comparison:
     """
 
     ratio: float
-    sign: int
     statistic: float
     p: float
     per_point: float
@@ -174,7 +173,7 @@ def compare(x: np.ndarray, a: str, b: str, *, xmin: float | None = None) -> Comp
     else:
         statistic = ratio / spread
         p = float(special.erfc(abs(statistic) / np.sqrt(2)))
-    return Comparison(ratio, int(np.sign(ratio)), statistic, p, ratio / tail.size, nested)
+    return Comparison(ratio, statistic, p, ratio / tail.size, nested)
 
 
 def compare_vectors(
@@ -197,16 +196,10 @@ def compare_vectors(
     rng = np.random.default_rng(seed)
     draws = vector_draws(table, symmetric=symmetric, replicates=replicates, rng=rng)
     per_point = np.array([compare(drawn, a, b, xmin=xmin).per_point for drawn in draws])
-    low, high = np.quantile(per_point, (0.025, 0.975))
-    return VectorComparison(
-        per_point=compare(tail, a, b, xmin=xmin).per_point,
-        low=float(low),
-        high=float(high),
-        positive=float((per_point > 0).mean()),
-        negative=float((per_point < 0).mean()),
-        replicates=replicates,
-        seed=seed,
-    )
+    interval = map(float, np.quantile(per_point, (0.025, 0.975)))
+    ahead = float((per_point > 0).mean()), float((per_point < 0).mean())
+    found = compare(tail, a, b, xmin=xmin).per_point
+    return VectorComparison(found, *interval, *ahead, replicates=replicates, seed=seed)
 
 
 _Real = TypeVar("_Real", float, np.ndarray)

@@ -1,6 +1,6 @@
 """How much faster two workers of `wdlib spectra` are than one, and two processors than one at all.
 
-`python docs/experiments/scaling.py` writes a synthetic bfloat16 checkpoint of four layers of a
+`python workflow/scripts/scaling.py` writes a synthetic bfloat16 checkpoint of four layers of a
 Llama 3.2 1B (0.5 GB, in the folder for temporary files, removed at the end) and times, alternating,
 one thread of BLAS in each process: `wdlib spectra` with one worker, with two, and, as the control,
 two independent runs with one worker at the same time. What the processors share (memory, caches, a
@@ -15,10 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from csv_tables import write
+import memory
 from memory import shapes, write_checkpoint
 
-from wdlib import paths
+from wdlib import paths, provenance
 
 LAYERS = 4
 SHAPES = shapes(hidden=2048, intermediate=8192, keys=512)
@@ -28,7 +28,7 @@ REPEATS = 3
 
 def seconds(folder: Path, workers: list[int]) -> float:
     """Wall time until all of some runs, begun together, are through; workers: of each."""
-    command = [sys.executable, "-m", "wdlib.cli", "spectra", str(folder), "--rank", str(RANK)]
+    command = [sys.executable, "-m", "wdlib", "spectra", str(folder), "--rank", str(RANK)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as out:
         begun = time.perf_counter()
@@ -48,6 +48,11 @@ def seconds(folder: Path, workers: list[int]) -> float:
 
 def main() -> None:
     """Write the checkpoint, time, and write the table."""
+    made = provenance.of(
+        __file__,
+        {"layers": LAYERS, "shapes": SHAPES, "rank": RANK, "repeats": REPEATS},
+        inputs=[Path(memory.__file__)],
+    )
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "synthetic"
@@ -64,7 +69,7 @@ def main() -> None:
                     "two processors against one": f"{2 * one / both:.2f}",
                 }
             )
-    write(rows, paths.RESULTS / "scaling.csv")
+    provenance.write(rows, paths.RESULTS / "scaling.csv", made)
 
 
 if __name__ == "__main__":

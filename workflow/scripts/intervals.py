@@ -1,8 +1,8 @@
 """How often the 95 % intervals of `wdlib.stats.paired_bootstrap` hold the true difference.
 
-`python docs/experiments/intervals.py`, about nine minutes on one core, writes
-data/results/interval_coverage.csv, each cell as soon as it is known; run again, it goes on after
-the rows that are there.
+`python workflow/scripts/intervals.py`, about nine minutes on one core, writes
+data/results/interval_coverage.csv. Finished cells are kept, so an interrupted run goes on where it
+stopped.
 
 Two initialisations of equal quality are compared over seeds and items, in five ways:
 
@@ -25,12 +25,10 @@ from itertools import product
 from math import sqrt
 
 import numpy as np
-from csv_tables import read, write
 from scipy import stats
-from tqdm.auto import tqdm
 
-from wdlib import paths
-from wdlib.stats import paired_bootstrap, ratio_parts, wilson
+from wdlib import paths, provenance
+from wdlib.stats import paired_bootstrap, ratio_parts
 
 DRAWS = 1000
 REPLICATES = 1000
@@ -39,8 +37,8 @@ LUCK = {
     "answers": (0.0, 0.05, 0.15, 0.5),
     "collapse": (0.32,),
     "losses": (0.05,),
-    "ratios": (0.05,),
     "one-sided": (0.32,),
+    "ratios": (0.05,),
 }
 ITEMS = dict.fromkeys(LUCK, (198, 1172))
 ITEMS |= {"losses": (198,), "ratios": (100,)}  # the slowest: every value is another
@@ -139,7 +137,7 @@ def rows(scores: str, luck: float, seeds: int, items: int) -> Iterator[dict[str,
     for name, pairs in intervals.items():
         low, high = np.array(pairs).T
         covered = int(((low <= 0) & (high >= 0)).sum())
-        share = wilson(covered, DRAWS)
+        share = stats.binomtest(covered, DRAWS).proportion_ci(0.95, method="wilson")
         yield {
             "scores": scores,
             "seeds": str(seeds),
@@ -150,26 +148,22 @@ def rows(scores: str, luck: float, seeds: int, items: int) -> Iterator[dict[str,
             "covered": str(covered),
             "draws": str(DRAWS),
             "coverage": f"{covered / DRAWS:.3f}",
-            "low": f"{share[0]:.3f}",
-            "high": f"{share[1]:.3f}",
+            "low": f"{share.low:.3f}",
+            "high": f"{share.high:.3f}",
             "half_width": f"{(high - low).mean() / 2:.4f}",
         }
 
 
 def main() -> None:
-    """Fill data/results/interval_coverage.csv, cell by cell."""
-    path = paths.RESULTS / "interval_coverage.csv"
-    table = read(path)
-    done = {tuple(row[c] for c in ("scores", "luck", "seeds", "items")) for row in table}
+    """Write the table."""
+    parameters = {"draws": DRAWS, "replicates": REPLICATES, "luck": LUCK, "items": ITEMS}
     cells = [
         (scores, luck, seeds, items)
         for scores in LUCK
         for luck, seeds, items in product(LUCK[scores], SEEDS, ITEMS[scores])
-        if (scores, str(luck), str(seeds), str(items)) not in done
     ]
-    for cell in tqdm(cells, unit="cell"):
-        table += rows(*cell)
-        write(table, path)
+    made = provenance.of(__file__, parameters | {"seeds": SEEDS})
+    provenance.write_by_cell(cells, rows, paths.RESULTS / "interval_coverage.csv", made)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,17 @@
 """What coarser storage does to the classes of pairs and to the groups.
 
-`python docs/experiments/quantisation.py` stores the weights of two models anew in coarser types,
+`python workflow/scripts/quantisation.py` stores the weights of two models anew in coarser types,
 computes their spectra, and writes data/results/quantisation.csv, atomically. Under a minute, once
 the models are there.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
-
-from csv_tables import write
-
-from wdlib import models, paths, spectra, weights
-from wdlib.characterize import Characterisation, characterise
+from wdlib import checkpoints, paths, provenance, spectra
+from wdlib.characterise import Characterisation, characterise
 
 RANK = 16
 SEED = 0
 CASES = {
-    models.DEFAULT: ("Q4_0",),
+    checkpoints.DEFAULT: ("Q4_0",),
     "gemma-3-270m": ("Q4_1", "Q4_0"),
     "qwen2.5-coder-0.5b-instruct": ("Q4_1", "Q4_0"),
 }
@@ -24,11 +19,8 @@ CASES = {
 
 def stored_as(model: str, kind: str) -> spectra.Spectra:
     """Spectra of a model whose projections have been through a GGUF type."""
-    stream: Iterator[weights.Projection] = (
-        weights.requantise(p, kind) for p in weights.projections(model)
-    )
-    values, _ = spectra.stack(spectra.collect(stream, RANK))
-    return replace(spectra.load(model, rank=RANK), values=values)
+    stream = (checkpoints.requantise(p, kind) for p in checkpoints.projections(model))
+    return spectra.collect(stream, RANK, model=model)
 
 
 def groups(character: Characterisation) -> str:
@@ -38,6 +30,12 @@ def groups(character: Characterisation) -> str:
 
 def main() -> None:
     """Compare the characterisation before and after for every case."""
+    made = provenance.of(
+        __file__,
+        {"rank": RANK, "seed": SEED, "cases": CASES},
+        inputs=[spectra.stored_file(model) for model in CASES],
+        models=CASES,
+    )
     rows = []
     for model, kinds in CASES.items():
         as_is = spectra.load(model, rank=RANK)
@@ -56,8 +54,7 @@ def main() -> None:
                     "groups after": groups(after),
                 }
             )
-    path = paths.RESULTS / "quantisation.csv"
-    write(rows, path)
+    provenance.write(rows, paths.RESULTS / "quantisation.csv", made)
 
 
 if __name__ == "__main__":

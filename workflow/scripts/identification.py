@@ -1,27 +1,28 @@
-"""Fingerprints and value densities of the shipped models, and how well copies are recognised.
+"""How well copies of a model are recognised by its fingerprint.
 
-Run once: `python docs/experiments/fingerprints.py`, about ten minutes with the models at hand.
-Writes data/results/fingerprints/<model>.json, data/results/value_densities.csv,
-value_shapes.csv and identification.csv beside it, each atomically.
+`python workflow/scripts/identification.py`, some minutes on one core with the models at hand,
+writes data/results/identification.csv: distances from the stored models to copies of two of them,
+requantised or with an adapter merged, to null models, and to each other.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
-from csv_tables import write
 
-from wdlib import fingerprints, models, nulls, paths, spectra, weights
-from wdlib.weights import Projection
+from wdlib import checkpoints, paths, provenance, spectra
+from wdlib.checkpoints import Projection
+from wdlib.fingerprints import identity
+from wdlib.spectra import nulls
 
 MODELS = (
-    models.DEFAULT,
+    checkpoints.DEFAULT,
     "qwen2.5-coder-0.5b-instruct",
     "qwen2.5-coder-1.5b-instruct",
     "gemma-3-270m",
     "all-minilm-l6-v2",
 )
-RANK = fingerprints.RANK
+RANK = 16
 ADAPTER_RANK = 16
 
 Stream = Iterator[Projection]
@@ -29,7 +30,7 @@ Stream = Iterator[Projection]
 
 def requantised(stream: Stream, kind: str) -> Stream:
     """The weights as they come back from a GGUF type."""
-    return (weights.requantise(p, kind) for p in stream)
+    return (checkpoints.requantise(p, kind) for p in stream)
 
 
 def merged(stream: Stream, size: float, *, rank: int = ADAPTER_RANK) -> Stream:
@@ -50,48 +51,37 @@ COPIES: dict[str, Callable[[Stream], Stream]] = {
     "adapter of 10 %, rank 1": lambda s: merged(s, 0.1, rank=1),
     "adapter of 1 %, then Q4_0": lambda s: requantised(merged(s, 0.01), "Q4_0"),
 }
-COPIED = (models.DEFAULT, "all-minilm-l6-v2")
-
-
-def values_of(stream: Stream) -> dict[str, np.ndarray]:
-    """Singular values of a stream of weights."""
-    return spectra.stack(spectra.collect(stream, RANK))[0]
-
-
-def rounded(row: dict, digits: int) -> dict:
-    """A row with so many significant digits."""
-    return {k: f"{v:.{digits}g}" if isinstance(v, float) else v for k, v in row.items()}
+COPIED = (checkpoints.DEFAULT, "all-minilm-l6-v2")
+NULLS_OF = tuple(m for m in MODELS if m != "qwen2.5-coder-1.5b-instruct")
 
 
 def main() -> None:
-    """Write all results."""
-    folder = paths.RESULTS / "fingerprints"
-    for model in MODELS:
-        fingerprints.save(fingerprints.compute(model), folder / f"{model}.json")
-    densities, shapes = [], []
-    for model in MODELS:
-        found = fingerprints.value_tables(model)
-        densities += [rounded(row, 4) for row in found[0]]
-        shapes += [rounded(row, 5) for row in found[1]]
-    write(densities, paths.RESULTS / "value_densities.csv")
-    write(shapes, paths.RESULTS / "value_shapes.csv")
+    """Write the table."""
+    kept = sorted((paths.SPECTRA / "nulls").glob("*.safetensors"))
+    made = provenance.of(
+        __file__,
+        {"rank": RANK, "adapter rank": ADAPTER_RANK, "copied": COPIED, "copies": [*COPIES]},
+        inputs=[*map(spectra.stored_file, MODELS), *kept],
+        models=NULLS_OF,
+    )
     stored = {model: spectra.load(model, rank=RANK).values for model in MODELS}
     cases = [(model, "another model", stored[model]) for model in MODELS]
     for model in COPIED:
         for name, change in COPIES.items():
-            cases.append((model, name, values_of(change(weights.projections(model)))))
-    for model in MODELS[:2] + MODELS[3:]:
+            copy = spectra.collect(change(checkpoints.projections(model)), RANK)
+            cases.append((model, name, copy.values))
+    for model in NULLS_OF:
         for name in nulls.OF_WEIGHTS:
-            cases.append((model, f"null model: {name}", nulls.spectra_of(model, name, RANK).values))
+            cases.append((model, f"null model: {name}", nulls.of(model, name, RANK).values))
     rows = []
-    for model, name, values in cases:
+    for model, name, found in cases:
         for other in MODELS:
             if (name, other) != ("another model", model):
-                distance = fingerprints.spectral_difference(values, stored[other])
+                distance = identity.spectral_difference(found, stored[other])
                 copy = name in COPIES and other == model
                 case = {"model": model, "case": name, "stored": other, "copy": copy}
                 rows.append(case | {"distance": f"{distance:.6g}"})
-    write(rows, paths.RESULTS / "identification.csv")
+    provenance.write(rows, paths.RESULTS / "identification.csv", made)
 
 
 if __name__ == "__main__":

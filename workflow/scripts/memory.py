@@ -1,6 +1,6 @@
 """Peak memory of `wdlib spectra` against the number of layers, at the shapes of a 70B Llama.
 
-`python docs/experiments/memory.py` writes a synthetic bfloat16 checkpoint of three layers in
+`python workflow/scripts/memory.py` writes a synthetic bfloat16 checkpoint of three layers in
 shards (5.1 GB, in the folder for temporary files, removed at the end), runs `wdlib spectra` on it
 in a process of its own, one thread, and follows that process's largest resident set (VmHWM of
 Linux) and its journal. Each row of data/results/memory.csv holds what the process had used at most
@@ -17,9 +17,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from csv_tables import write
 
-from wdlib import paths
+from wdlib import paths, provenance
 
 LAYERS = 3
 HIDDEN, INTERMEDIATE, KEYS = 8192, 28672, 1024
@@ -95,12 +94,23 @@ def row(layers: int, used: int) -> dict[str, str]:
 
 def main() -> None:
     """Write the checkpoint, run, watch, and write the table."""
+    made = provenance.of(
+        __file__,
+        {
+            "layers": LAYERS,
+            "hidden": HIDDEN,
+            "intermediate": INTERMEDIATE,
+            "keys": KEYS,
+            "types": TYPES,
+            "rank": RANK,
+        },
+    )
     rows, used = [], 0
     with tempfile.TemporaryDirectory() as temporary:
         folder, out = Path(temporary) / "synthetic", Path(temporary) / "out.safetensors"
         write_checkpoint(folder, LAYERS, shapes(HIDDEN, INTERMEDIATE, KEYS))
         journal = Path(f"{out}.unfinished")
-        command = [sys.executable, "-m", "wdlib.cli", "spectra", str(folder)]
+        command = [sys.executable, "-m", "wdlib", "spectra", str(folder)]
         command += ["--types", ",".join(TYPES), "--rank", str(RANK), "--out", str(out)]
         with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
             while process.poll() is None:
@@ -112,7 +122,7 @@ def main() -> None:
     rows.append(row(LAYERS, used))  # the journal goes when all is done
     if process.returncode or used > ALLOWED or len(rows) != LAYERS:
         sys.exit(f"status {process.returncode}, peak {used}, allowed {ALLOWED}, {rows}")
-    write(rows, paths.RESULTS / "memory.csv")
+    provenance.write(rows, paths.RESULTS / "memory.csv", made)
 
 
 if __name__ == "__main__":

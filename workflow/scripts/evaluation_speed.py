@@ -1,6 +1,6 @@
 """What an evaluation costs by lm-eval alone, and by trees of tokens in two data types.
 
-`python docs/experiments/evaluation_speed.py [folder with the benchmarks]` scores the first items of
+`python workflow/scripts/evaluation_speed.py [folder with the benchmarks]` scores the first items of
 each task of the default protocol, with GPQA in its four orders, in three ways, and writes
 data/results/evaluation_speed.csv. Five minutes on a free core.
 """
@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from csv_tables import write
 from lm_eval.models.huggingface import HFLM
 
-from wdlib import evaluation, models, paths, pretrained
-from wdlib.evaluation import Protocol
+from wdlib import checkpoints, paths, provenance
+from wdlib.lora import benchmarks, evaluation, pretrained
 
 LIMIT = {"gpqa_diamond_zeroshot": 6, "arc_challenge": 18, "hellaswag": 18}
 BATCH = 8
@@ -28,17 +27,23 @@ BATCH = 8
 def main() -> None:
     """Time every way on every task."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    loaded = pretrained.load(models.DEFAULT)
-    protocol = Protocol(limit=LIMIT)
+    loaded = pretrained.load(checkpoints.DEFAULT)
+    protocol = benchmarks.Protocol(limit=LIMIT)
+    made = provenance.of(
+        __file__,
+        {"limit": LIMIT, "batch": BATCH, "orders": protocol.orders},
+        models=[checkpoints.DEFAULT],
+        libraries=("torch", "transformers", "lm-eval"),
+    )
     rows = []
     for task in protocol.tasks:
-        shown = evaluation._requests(task, protocol, folder).shown
+        shown = benchmarks.requests(task, protocol, folder).shown
         requests = [request for item in shown for request in itertools.chain(*item)]
         exact = None
         for way, dtype in (("lm-eval", "float32"), ("trees", "float32"), ("trees", "bfloat16")):
             scorer = _scorer(way, dtype, loaded)
             wall, processor = time.perf_counter(), time.process_time()
-            with evaluation._quiet():
+            with benchmarks.quiet():
                 answers = [a for a, _ in scorer.loglikelihood(requests, disable_tqdm=True)]
             used = {"cpu seconds": time.process_time() - processor}
             used["seconds"] = time.perf_counter() - wall
@@ -55,12 +60,12 @@ def main() -> None:
                     "largest difference, nats": float(np.abs(np.array(answers) - exact).max()),
                 }
             )
-    write(rows, paths.RESULTS / "evaluation_speed.csv")
+    provenance.write(rows, paths.RESULTS / "evaluation_speed.csv", made)
 
 
 def _scorer(way: str, dtype: str, loaded: pretrained.Pretrained) -> Any:
     if way == "trees":
-        return evaluation._scorer(loaded.model, loaded.tokenizer, dtype)
+        return evaluation.tree_scorer(loaded.model, loaded.tokenizer, dtype)
     return HFLM(
         pretrained=loaded.model, tokenizer=copy.deepcopy(loaded.tokenizer), batch_size=BATCH
     )

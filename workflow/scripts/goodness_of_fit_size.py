@@ -1,7 +1,7 @@
 """How often the two goodness-of-fit tests of `wdlib.fits` reject, at 5 %, a law that is known.
 
-`python docs/experiments/goodness_of_fit_size.py` writes data/results/goodness_of_fit_size.csv, a
-row per case, each as soon as it is known; run again, it goes on after the rows that are there.
+`python workflow/scripts/goodness_of_fit_size.py` writes data/results/goodness_of_fit_size.csv, a
+row per case. Finished rows are kept, so an interrupted run goes on where it stopped.
 The test of `fits.goodness_of_fit_vectors` was chosen on these families and seeds. With --held-out,
 other seeds and two more families are measured, fewer times, and written to
 goodness_of_fit_size_held_out.csv (four minutes on one core).
@@ -28,16 +28,16 @@ only scaled by it.
 """
 
 import argparse
+from functools import partial
 from itertools import islice
 from math import sqrt
-from pathlib import Path
 
 import numpy as np
-from csv_tables import read, write
 from scipy import stats
 
-from wdlib import fits, paths
+from wdlib import fits, paths, provenance
 from wdlib.distances import cosine_distances
+from wdlib.fits import goodness
 
 SIZES = ((24, None), (30, None), (60, None), (30, 30))
 TRUTHS = {
@@ -55,6 +55,8 @@ HELD_OUT_SEED = 20261122
 DIMENSIONS = 3  # of the vectors of cauchy and walk
 SHAPE = 1.5  # of the Pareto law, whose density exponent is one more
 LEVEL = 0.05
+REPETITIONS, HELD_OUT_REPETITIONS = 500, 400
+REPLICATES = 199
 IID_REPLICATES = 39  # few, for time: a Monte Carlo test has its level for any 20 k - 1
 COLUMNS = (
     "truth", "dependence", "vectors", "distances", "repetitions", "replicates",
@@ -129,29 +131,30 @@ def rejects(ks: float, null, replicates: int) -> bool:
 
 
 def measure(
-    truth: str, dependence: str, size: tuple, repetitions: int, replicates: int, *, held_out: bool
-) -> dict:
-    n, m = size
+    truth: str, dependence: str, n: int, m: int | None, *, held_out: bool
+) -> list[dict[str, str]]:
+    """The row of a case."""
+    repetitions = HELD_OUT_REPETITIONS if held_out else REPETITIONS
     symmetric = m is None
     rejected, tail_share = np.zeros((repetitions, 2)), np.zeros(repetitions)
     for i in range(repetitions):
         rng = np.random.default_rng([HELD_OUT_SEED] * held_out + [i, n, m or 0])
         distances = table(truth, dependence, n, m, rng)
         flat = fits.table_distances(distances, symmetric)
-        fit = fits.fit_power_law(flat)
+        fit = fits.power_law(flat)
         tail_share[i] = fit.n_tail / fit.n
         nulls = (
-            (fits._independent_null(fit, flat, rng), IID_REPLICATES),
-            (fits._vector_null(fit, distances, symmetric, rng), replicates),
+            (goodness.independent_null(fit, flat, rng), IID_REPLICATES),
+            (goodness.vector_null(fit, distances, symmetric, rng), REPLICATES),
         )
         rejected[i] = [rejects(fit.ks, *null) for null in nulls]
     iid, vectors = rejected.mean(axis=0)
     values = (
-        truth, dependence, f"{n} x {m}" if m else str(n), flat.size, repetitions, replicates,
+        truth, dependence, f"{n} x {m}" if m else str(n), flat.size, repetitions, REPLICATES,
         *(f"{v:.4f}" for share in (iid, vectors) for v in (share, error(share, repetitions))),
         f"{tail_share.mean():.2f}",
     )  # fmt: skip
-    return dict(zip(COLUMNS, values, strict=True))
+    return [dict(zip(COLUMNS, values, strict=True))]
 
 
 def error(share: float, repetitions: int) -> float:
@@ -159,26 +162,28 @@ def error(share: float, repetitions: int) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--held-out", action="store_true")
-    parser.add_argument("--repetitions", type=int, help="500, or 400 held out")
-    parser.add_argument("--replicates", type=int, default=199)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(arguments)
-    held_out = options.held_out
-    settings = options.repetitions or (400 if held_out else 500), options.replicates
-    name = "goodness_of_fit_size_held_out.csv" if held_out else "goodness_of_fit_size.csv"
-    out = options.out or paths.RESULTS / name
-    rows = [
-        row for row in read(out) if (int(row["repetitions"]), int(row["replicates"])) == settings
+    held_out = parser.parse_args(arguments).held_out
+    cells = [
+        (truth, dependence, n, m)
+        for truth, dependences in (HELD_OUT if held_out else TRUTHS).items()
+        for dependence in dependences
+        for n, m in (HELD_OUT_SIZES if held_out else SIZES)
     ]
-    known = {(row["truth"], row["dependence"], row["vectors"]) for row in rows}
-    for truth, dependences in (HELD_OUT if held_out else TRUTHS).items():
-        for dependence in dependences:
-            for n, m in HELD_OUT_SIZES if held_out else SIZES:
-                if (truth, dependence, f"{n} x {m}" if m else str(n)) not in known:
-                    rows.append(measure(truth, dependence, (n, m), *settings, held_out=held_out))
-                    write(rows, out)
+    parameters = {
+        "repetitions": HELD_OUT_REPETITIONS if held_out else REPETITIONS,
+        "replicates": REPLICATES,
+        "iid replicates": IID_REPLICATES,
+        "level": LEVEL,
+        "shape": SHAPE,
+        "seed": HELD_OUT_SEED if held_out else None,
+    }
+    name = "goodness_of_fit_size_held_out.csv" if held_out else "goodness_of_fit_size.csv"
+    made = provenance.of(__file__, parameters)
+    rows_of = partial(measure, held_out=held_out)
+    provenance.write_by_cell(cells, rows_of, paths.RESULTS / name, made)
 
 
 if __name__ == "__main__":

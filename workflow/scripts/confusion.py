@@ -1,8 +1,9 @@
-"""How often `characterize` is right: the confusion table, and planted groupings.
+"""How often `wdlib.characterise` is right: the confusion table, and planted groupings.
 
-Run once, about fifteen minutes on one core: `python docs/experiments/confusion.py`. Every cell is
-written when it is done, so an interrupted run goes on where it stopped. Each set holds distances
-between generated vectors, dependent as those of a model are, in three ways:
+Run once, about fifteen minutes on one core: `python workflow/scripts/confusion.py`. Finished cells
+are kept, so an interrupted run goes on where it stopped. Writes data/results/confusion.csv and
+grouping.csv. Each set holds distances between generated vectors, dependent as those of a model are,
+in three ways:
 
 template    vectors are a template with a random number of entries replaced (docs/method.md,
             section 6); distances are near the sum of two counts
@@ -19,12 +20,10 @@ from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
-from csv_tables import read, write
 from scipy import stats
-from tqdm.auto import tqdm
 
-from wdlib import paths
-from wdlib.characterize import LABELS, NORMAL, POWER_LAW, REPLICATES, characterise, classify
+from wdlib import paths, provenance
+from wdlib.characterise import LABELS, NORMAL, POWER_LAW, REPLICATES, characterise, classify
 from wdlib.distances import cosine_distances
 from wdlib.spectra import Spectra
 
@@ -173,12 +172,12 @@ def grouping_rows() -> list[dict[str, str]]:
     return rows
 
 
-def rows_of(truth: str, name: str, n: int, labels: Counter) -> list[dict[str, str]]:
+def rows_of(truth: str, name: str, n: int) -> list[dict[str, str]]:
     """A row for each label: count, share and its Clopper-Pearson 95 % interval."""
-    draws = sum(labels.values())
+    labels = count(PLANTS[truth][name], SHAPES[n], DRAWS, SEED)
     rows = []
     for label in LABELS:
-        interval = stats.binomtest(labels[label], draws).proportion_ci(0.95, method="exact")
+        interval = stats.binomtest(labels[label], DRAWS).proportion_ci(0.95, method="exact")
         rows.append(
             {
                 "truth": truth,
@@ -186,8 +185,8 @@ def rows_of(truth: str, name: str, n: int, labels: Counter) -> list[dict[str, st
                 "n": str(n),
                 "label": label,
                 "count": str(labels[label]),
-                "draws": str(draws),
-                "share": f"{labels[label] / draws:.3f}",
+                "draws": str(DRAWS),
+                "share": f"{labels[label] / DRAWS:.3f}",
                 "low": f"{interval.low:.4f}",
                 "high": f"{interval.high:.4f}",
             }
@@ -196,17 +195,14 @@ def rows_of(truth: str, name: str, n: int, labels: Counter) -> list[dict[str, st
 
 
 def main() -> None:
-    """Fill data/results/confusion.csv, cell by cell, then data/results/grouping.csv."""
-    path = paths.RESULTS / "confusion.csv"
-    rows = read(path)
-    done = {(row["plant"], row["n"]) for row in rows if int(row["draws"]) == DRAWS}
+    """Write both tables."""
+    parameters = {"draws": DRAWS, "seed": SEED, "entries": ENTRIES, "replicates": REPLICATES}
     cells = [(t, name, n) for t, plants in PLANTS.items() for name in plants for n in SHAPES]
-    for truth, name, n in tqdm(cells, unit="cell"):
-        if (name, str(n)) not in done:
-            labels = count(PLANTS[truth][name], SHAPES[n], DRAWS, SEED)
-            rows += rows_of(truth, name, n, labels)
-            write(rows, path)
-    write(grouping_rows(), path.with_name("grouping.csv"))
+    made = provenance.of(__file__, parameters)
+    provenance.write_by_cell(cells, rows_of, paths.RESULTS / "confusion.csv", made)
+    parameters |= {"draws": GROUP_DRAWS, "layers": LAYERS, "alpha": GROUP_ALPHA}
+    made = provenance.of(__file__, parameters)
+    provenance.write(grouping_rows(), paths.RESULTS / "grouping.csv", made)
 
 
 if __name__ == "__main__":
