@@ -196,10 +196,10 @@ def compare_vectors(
     rng = np.random.default_rng(seed)
     draws = vector_draws(table, symmetric=symmetric, replicates=replicates, rng=rng)
     per_point = np.array([compare(drawn, a, b, xmin=xmin).per_point for drawn in draws])
-    interval = map(float, np.quantile(per_point, (0.025, 0.975)))
-    ahead = float((per_point > 0).mean()), float((per_point < 0).mean())
+    low, high = (float(q) for q in np.quantile(per_point, (0.025, 0.975)))
+    positive, negative = float((per_point > 0).mean()), float((per_point < 0).mean())
     found = compare(tail, a, b, xmin=xmin).per_point
-    return VectorComparison(found, *interval, *ahead, replicates=replicates, seed=seed)
+    return VectorComparison(found, low, high, positive, negative, replicates, seed)
 
 
 _Real = TypeVar("_Real", float, np.ndarray)
