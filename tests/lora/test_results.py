@@ -1,0 +1,108 @@
+"""What finished cells say: measures, and which runs pair."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+from numpy.testing import assert_allclose
+from tiny_lora import ARC, GPQA, LITERAL
+
+from wdlib import WdlibError, stats
+from wdlib.lora.benchmarks import Protocol
+from wdlib.lora.results import LOSS, MEASURES, CellResult, measured, paired
+from wdlib.lora.runs import Hyperparameters, Run
+from wdlib.lora.scores import Evaluation
+
+
+def stored(right, *, losses=(3.0, 5.0), tokens=(1, 3), data="1", dtype="bfloat16"):
+    """A cell whose ARC answers are right where the list says so."""
+    values = np.full((len(right), 1, 4), -2.0, np.float32)
+    values[np.arange(len(right)), 0, np.where(right, 0, 3)] = -1.0
+    arc = tiny.scores(values, [0] * len(right))
+    after = {"sums": list(losses), "tokens": list(tokens)}
+    report = {"held_out": {"after": after}, "hashes": {"data": data}, "dtype": "float32"}
+    return CellResult(report, Evaluation(Protocol((ARC,), dtype=dtype), {ARC: arc}, {}))
+
+
+def test_a_measure_is_the_mean_of_its_items():
+    found = {Run(): stored([True, False, True, True])}
+    assert measured(found, "default", "ARC").tolist() == [[1, 0, 1, 1]]
+    assert measured(found, "default", "HellaSwag") is None
+    assert measured(found, "default", LOSS).mean() == pytest.approx(8 / 4)  # per token
+    shown = np.zeros((3, 4, 4))
+    shown[..., 0] = 1  # always "A"
+    gpqa = tiny.scores(shown, [0, 0, 2])
+    lazy = replace(found[Run()], evaluation=Evaluation(Protocol((GPQA,)), {GPQA: gpqa}, {}))
+    assert measured({Run(): lazy}, "default", "GPQA").tolist() == [[1, 1, 0]]
+    assert measured({Run(): lazy}, "default", "GPQA, orders").tolist() == [[0.25] * 3]
+    assert set(MEASURES) >= {"GPQA, debiased", "ARC, norm", "HellaSwag, norm"}
+
+
+def test_runs_pair_by_seed_and_item():
+    found = {
+        Run(init="untrained"): stored([True] * 5),
+        Run(seed=7): stored([False, True, True, True]),
+        Run(seed=2): stored([True, True, False, True]),
+        Run(**LITERAL, seed=2): stored([False] * 3),  # of fewer items
+        Run(**LITERAL, seed=9): stored([True] * 4),
+    }
+    literal = Run(**LITERAL).variant
+    assert measured(found, "default", "ARC").tolist() == [[1, 1, 0, 1], [0, 1, 1, 1]]
+    assert measured(found, literal, "ARC").tolist() == [[0, 0, 0], [1, 1, 1]]
+    first, second = paired(found, literal, "default", "ARC")
+    assert (first.tolist(), second.tolist()) == ([[0, 0, 0]], [[1, 1, 0]])  # seed 2, three items
+    first, second = paired(found, "default", "untrained", "ARC")
+    assert first.tolist() == [[1, 1, 0, 1], [0, 1, 1, 1]]
+    assert second.tolist() == [[1, 1, 1, 1]]
+    assert paired(found, "default", "pissa", "ARC") is None
+    assert measured(found, "default", "GPQA") is None
+    del found[Run(seed=2)]
+    assert paired(found, literal, "default", "ARC") is None  # no seed in common
+
+
+def test_what_was_not_measured_alike_does_not_pair():
+    def compare(measure=LOSS, **other):
+        found = {Run(): stored([True] * 4), Run(**LITERAL): stored([True] * 4, **other)}
+        return paired(found, "default", Run(**LITERAL).variant, measure)
+
+    assert compare() is not None
+    alike = "not measured on the same items in the same way"
+    with pytest.raises(WdlibError, match=alike):
+        compare(data="2")
+    with pytest.raises(WdlibError, match=alike):
+        compare(losses=(3.0, 5.0, 1.0), tokens=(1, 3, 1))
+    with pytest.raises(WdlibError, match=alike):
+        compare("ARC", dtype="float32")
+    found = {Run(): stored([True] * 4), Run(init="untrained"): stored([True] * 4)}
+    arc = found[Run()].evaluation.scores[ARC]
+    arc.items[2] = 77
+    with pytest.raises(WdlibError, match=alike):
+        paired(found, "default", "untrained", "ARC")
+
+
+def test_runs_that_a_variant_does_not_tell_apart_are_refused():
+    longer = Run(hyperparameters=Hyperparameters(steps=600))
+    with pytest.raises(WdlibError, match="two runs are 'default' with seed 3407"):
+        measured({Run(): stored([True]), longer: stored([False])}, "default", "ARC")
+
+
+def test_the_interval_of_a_loss_knows_that_lengths_differ():
+    """A loss is a ratio of two sums; its interval must hold that of the population."""
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(5, 400, 20_000)
+    sums = {"b": tokens * rng.gamma(4, 0.5, 20_000)}
+    sums["a"] = sums["b"] + rng.normal(50, 10, 20_000)  # the same for a short example as for a long
+    truth = (sums["a"].sum() - sums["b"].sum()) / tokens.sum()
+    inside = 0
+    for _ in range(200):
+        drawn = rng.integers(0, 20_000, 100)
+        first, second = (
+            stored([True], losses=sums[name][drawn], tokens=tokens[drawn]) for name in "ab"
+        )
+        found = {Run(): first, Run(init="pissa"): second}
+        pair = paired(found, "default", "pissa", LOSS)
+        result = stats.paired_bootstrap(*pair, replicates=500)
+        inside += result.low <= truth <= result.high
+        assert_allclose(pair[0].mean(), sums["a"][drawn].sum() / tokens[drawn].sum())
+    assert 0.9 < inside / 200 < 0.99

@@ -1,0 +1,265 @@
+"""One run trained: a plain loop, stock peft, a kill and two processes come to the same."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from tiny_lora import REFERENCE
+from transformers import TrainingArguments
+
+from wdlib import WdlibError
+from wdlib.lora import data, initialisation, pretrained, training
+from wdlib.lora.data import (
+    IGNORED,
+    Example,
+    Tokens,
+    examples,
+    pad,
+    schedule,
+    split,
+    tokenise,
+)
+from wdlib.lora.runs import Hyperparameters, Run
+
+SHORT = Hyperparameters(steps=5, warmup_steps=1, learning_rate=1e-2, dtype="float32")
+
+
+@pytest.fixture
+def run(home):
+    return Run(model=str(home / "model"), hyperparameters=SHORT)
+
+
+def losses(folder):
+    return [row["loss"] for row in training.result(folder)["curve"]]
+
+
+def test_examples_of_similar_length_share_a_micro_batch():
+    sequences = [Tokens([0] * n, [0] * n, cut=False) for n in (3, 9, 4, 9, 8, 3)]
+    order = training.by_length(np.array([5, 3, 2, 1, 4]), sequences)
+    assert order == [1, 3, 4, 2, 5]
+    drawn = [sequences[i] for i in (5, 3, 2, 1)]
+    assert training.token_counts(drawn, batch=2)["padded"] == 36
+    assert training.token_counts([sequences[i] for i in (1, 3, 2, 5)], batch=2)["padded"] == 26
+
+
+def test_the_held_out_loss_is_that_of_each_example_alone(home):
+    loaded = pretrained.load(home / "model")
+    rows = [Example(str(i), "", "word " * i) for i in (5, 1, 3, 0, 9)]
+    sequences = tokenise(rows, loaded.tokenizer, max_length=999, answers_only=True)
+    found = training.held_out_loss(loaded.model, sequences, batch=2)
+    alone = []
+    for s in sequences:
+        ids, labels = torch.tensor([s.ids]), torch.tensor([s.labels])
+        tokens = sum(label != IGNORED for label in s.labels)
+        alone.append(loaded.model(ids, labels=labels).loss.item() * tokens)
+    np.testing.assert_allclose(found["sums"], alone, rtol=1e-5)
+    assert found["loss"] == pytest.approx(sum(alone) / sum(found["tokens"]), rel=1e-6)
+    assert found["tokens"] == [26, 6, 16, 1, 46]
+
+
+def test_the_losses_are_those_of_a_plain_loop(run, home, tmp_path):
+    """Batches of two in the order of the schedule, an attention mask, and no Trainer."""
+    done = training.train(run, tmp_path / "run", data_folder=home / "data")
+    loaded = pretrained.load(run.model)
+    to_train, held_out = split(examples("alpaca", folder=home / "data"))
+    h = run.hyperparameters
+    rows = tokenise(to_train, loaded.tokenizer, max_length=h.max_length)
+    model, _ = initialisation.attach(loaded.model, "default", seed=run.seed)
+    start = training.held_out_loss(
+        model, tokenise(held_out, loaded.tokenizer, max_length=h.max_length)
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, h.learning_rate, weight_decay=h.weight_decay)
+    rates = [0.0, *(h.learning_rate * (h.steps - k) / (h.steps - 1) for k in range(1, h.steps))]
+    expected = []
+    for rate, step in zip(rates, schedule(len(rows), 8, h.steps, run.seed), strict=True):
+        total, tokens = 0.0, sum(len(rows[i].ids) - 1 for i in step)
+        for first in range(0, 8, h.batch):
+            batch = pad([rows[i] for i in step[first : first + h.batch]])
+            mask = batch["labels"] != IGNORED
+            mask[:, 0] = True
+            out = model(batch["input_ids"], attention_mask=mask.long())
+            sums = torch.nn.functional.cross_entropy(
+                out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+            )
+            (sums / tokens).backward()
+            total += float(sums.detach()) / tokens
+        torch.nn.utils.clip_grad_norm_(parameters, h.max_grad_norm)
+        optimiser.param_groups[0]["lr"] = rate
+        optimiser.step()
+        optimiser.zero_grad()
+        expected.append(total)
+    np.testing.assert_allclose(losses(done), expected, atol=2e-5)
+    assert expected[-1] < expected[0] - 0.1
+    found = training.result(done)["held_out"]
+    assert found["before"]["loss"] == pytest.approx(start["loss"], abs=1e-6)
+    assert found["after"]["loss"] < start["loss"] - 0.1
+    assert found["after"]["tokens"] == start["tokens"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # in stock peft
+def test_the_folder_holds_a_stock_adapter_and_an_account(run, home, tmp_path):
+    reshaped = replace(run, init="preserved", reference=REFERENCE)
+    done = training.train(reshaped, tmp_path / "run", data_folder=home / "data")
+    found = training.result(done)
+    assert Run.from_dict(found["configuration"]) == reshaped
+    assert found["key"] == reshaped.key
+    assert found["step0"]["shift"] == pytest.approx(0, abs=1e-5)
+    assert found["initialisation"]["reference"] == REFERENCE
+    assert all(len(found["hashes"][k]) == 64 for k in ("model", "data", "characterisation"))
+    assert found["dtype"] == "float32"
+    assert found["versions"]["peft"]
+    assert [row["step"] for row in found["curve"]] == [1, 2, 3, 4, 5]
+    assert all(row["padded"] >= row["tokens"] + 8 for row in found["curve"])
+    assert not (done / "checkpoints").exists()
+    assert str(home) not in json.dumps({k: found[k] for k in found if k != "configuration"})
+    loaded = pretrained.load(run.model)
+    model = PeftModel.from_pretrained(loaded.model, done / "adapter")
+    _, held_out = split(examples("alpaca", folder=home / "data"))
+    rows = tokenise(held_out, loaded.tokenizer, max_length=1024)
+    after = training.held_out_loss(model, rows)["loss"]
+    assert after == pytest.approx(found["held_out"]["after"]["loss"], abs=1e-5)
+
+
+def test_runs_of_one_seed_see_the_same_examples(run, home, tmp_path):
+    sizes = []
+    for number, other in enumerate([run, replace(run, init="gaussian"), replace(run, seed=1)]):
+        done = training.train(other, tmp_path / str(number), data_folder=home / "data")
+        sizes.append([(row["tokens"], row["padded"]) for row in training.result(done)["curve"]])
+    assert sizes[0] == sizes[1] != sizes[2]
+
+
+def test_a_finished_run_is_left_alone(run, home, tmp_path, monkeypatch):
+    done = training.train(run, tmp_path / "run", data_folder=home / "data")
+    monkeypatch.setattr(data, "examples", None)
+    assert training.train(run, done) == done
+    with pytest.raises(WdlibError, match="holds another run"):
+        training.train(replace(run, seed=1), done)
+
+
+def test_a_folder_with_something_else_in_the_place_of_a_run_is_refused(run, tmp_path):
+    (tmp_path / "run.json").write_text("[1]")
+    with pytest.raises(WdlibError, match=r"run\.json does not hold a run .*: give \S+ a folder of"):
+        training.train(run, tmp_path)
+
+
+def test_an_untrained_run_measures_the_model(run, home, tmp_path):
+    untrained = replace(run, init="untrained")
+    found = training.result(training.train(untrained, tmp_path / "run", data_folder=home / "data"))
+    assert found["curve"] == []
+    assert found["held_out"]["before"] == found["held_out"]["after"]
+    assert found["hashes"]["adapter"] is None
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_frozen_weights_alone_are_cast(run, home, tmp_path, monkeypatch):
+    fit, seen = training._fit, []
+
+    def fit_and_see(model, *arguments, **options):
+        seen.append({(".lora_" in n, p.dtype) for n, p in model.named_parameters()})
+        return fit(model, *arguments, **options)
+
+    monkeypatch.setattr(training, "_fit", fit_and_see)
+    rounded = replace(SHORT, steps=2, dtype="bfloat16")
+    other = replace(run, init="pissa", hyperparameters=rounded)
+    found = training.result(training.train(other, tmp_path / "run", data_folder=home / "data"))
+    assert found["dtype"] == "bfloat16"
+    assert seen == [{(True, torch.float32), (False, torch.bfloat16)}]
+
+
+def test_eva_reads_the_training_data(run, home, tmp_path):
+    short = replace(run, init="eva", hyperparameters=replace(SHORT, steps=1, rank=4, batch=4))
+    assert len(losses(training.train(short, tmp_path / "run", data_folder=home / "data"))) == 1
+
+
+def test_losses_of_answers_alone(run, home, tmp_path):
+    alone = replace(run, hyperparameters=replace(SHORT, steps=1, answers_only=True))
+    done = training.train(alone, tmp_path / "run", data_folder=home / "data")
+    (row,) = training.result(done)["curve"]
+    assert row["tokens"] < row["padded"] / 4
+
+
+COMMAND = """
+import json, sys
+from wdlib.lora import training
+from wdlib.lora.runs import Run
+run = Run.from_dict(json.load(open(sys.argv[1])))
+training.train(run, sys.argv[2], data_folder=sys.argv[3], save_every=2)
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_end(run, home, tmp_path):
+    """Killed while a checkpoint is being written; two adapters, and dropout to draw."""
+    settings = replace(SHORT, steps=7, dropout=0.1)
+    run = replace(run, init="preserved", reference=REFERENCE, hyperparameters=settings)
+    whole = training.train(run, tmp_path / "whole", data_folder=home / "data", save_every=2)
+
+    (tmp_path / "run.json").write_text(run.to_json())
+    killed = tmp_path / "killed"
+    arguments = [tmp_path / "run.json", killed, home / "data"]
+    process = subprocess.Popen([sys.executable, "-c", COMMAND, *map(str, arguments)])
+    deadline = time.monotonic() + 300
+    while not (killed / "checkpoints" / "checkpoint-4").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert training.result(killed) is None
+    saved = [p.name for p in (killed / "checkpoints").iterdir()]
+    assert "checkpoint-2" in saved
+
+    training.train(run, killed, data_folder=home / "data", save_every=2)
+    assert losses(killed) == losses(whole)
+    a, b = (training.result(f) for f in (whole, killed))
+    assert a["held_out"] == b["held_out"]
+    assert a["hashes"] == b["hashes"]
+
+
+def test_a_checkpoint_without_its_mark_is_not_used(tmp_path):
+    for step, mark in ((2, True), (10, True), (12, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if mark:
+            (tmp_path / f"checkpoint-{step}" / "whole").touch()
+    assert training._last_whole(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert not (tmp_path / "checkpoint-12").exists()
+    assert training._last_whole(tmp_path / "nothing") is None
+
+
+def test_two_processes_give_the_losses_of_one(run, home, tmp_path):
+    one = training.train(run, tmp_path / "one", data_folder=home / "data")
+    (tmp_path / "run.json").write_text(run.to_json())
+    (tmp_path / "train.py").write_text(COMMAND)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [tmp_path / "train.py", tmp_path / "run.json", tmp_path / "two", home / "data"]
+    command = [sys.executable, *launch, *map(str, arguments)]
+    processor = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=processor)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert training.result(tmp_path / "two")["machine"]["processes"] == 2
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(one), atol=1e-4)
+
+
+def test_several_gpus_without_a_launcher_do_not_enlarge_a_batch(run, home, tmp_path, monkeypatch):
+    devices = TrainingArguments.__dict__["_setup_devices"].func
+
+    def two_gpus(arguments):
+        device = devices(arguments)
+        arguments._n_gpu = 2
+        return device
+
+    once = cached_property(two_gpus)
+    once.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", once)
+    model = pretrained.load(run.model).model
+    trainer = training._trainer(model, [], run, folder=tmp_path, save_every=1)
+    assert trainer.args.train_batch_size == run.hyperparameters.batch

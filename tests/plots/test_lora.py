@@ -1,0 +1,107 @@
+"""Starts, training and evaluation: what is drawn is what the table holds."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from wdlib.plots import lora
+
+
+def test_training_curves_show_each_seed_and_their_mean():
+    data = pd.DataFrame(
+        [(v, s, t, t * s) for v, seeds in (("default", (1, 3)), ("literal q", (2,)))
+         for s in seeds for t in (1, 2, 3)],
+        columns=["variant", "seed", "step", "loss"],
+    )  # fmt: skip
+    _, ax = plt.subplots()
+    lora.training_curves(data, ax, "loss")
+    drawn = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
+    np.testing.assert_allclose(drawn["default"].get_ydata(), [2, 4, 6])
+    np.testing.assert_allclose(drawn["literal q"].get_ydata(), [2, 4, 6])
+    assert drawn["literal q"].get_color() == lora.START_COLORS["literal"]
+    assert len(ax.lines) == 4  # two means, and the two seeds of the one that has several
+
+
+def test_losses_and_gaps_are_two_panels_with_one_legend():
+    data = pd.DataFrame(
+        {"variant": "pissa", "seed": 1, "step": [1, 2], "loss": [2.0, 1.5], "gap": [0.25, -0.5]}
+    )
+    fig, axes = plt.subplots(1, 2)
+    lora.loss_and_gap(data, axes)
+    for ax, column in zip(axes, ("loss", "gap"), strict=True):
+        np.testing.assert_allclose(ax.lines[0].get_ydata(), data[column])
+    assert axes[0].get_ylabel() == "training loss, nats per token"
+    assert [text.get_text() for legend in fig.legends for text in legend.texts] == ["pissa"]
+
+
+def test_a_variant_has_the_colour_of_its_initialisation():
+    assert lora.start_color("literal ← x lr3") == lora.start_color("literal")
+    assert lora.start_color("gaussian") not in lora.START_COLORS.values()
+
+
+def test_every_seed_is_a_point_and_the_bar_is_their_mean():
+    data = pd.DataFrame({"variant": ["b", "b", "a"], "value": [1.0, 3.0, 5.0]})
+    _, ax = plt.subplots()
+    lora.by_variant(data, ax)
+    points = [line.get_xdata().tolist() for line in ax.lines if line.get_marker() == "o"]
+    bars = [line.get_xdata()[0] for line in ax.lines[1:-1:2]]
+    assert (points, bars) == ([[1, 3], [5]], [2, 5])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"]
+
+
+def test_a_forest_fills_only_what_stands_after_correction():
+    data = pd.DataFrame(
+        {
+            "variant": ["literal", "pissa"],
+            "estimate": [0.1, 0.2],
+            "low": [0.0, 0.1],
+            "high": [0.3, 0.4],
+            "holm": [0.2, 0.01],
+        }
+    )
+    _, ax = plt.subplots()
+    lora.forest(data, ax)
+    spans, points = ax.lines[0:4:2], ax.lines[1:4:2]
+    assert [list(line.get_xdata()) for line in spans] == [[0.0, 0.3], [0.1, 0.4]]
+    assert [line.get_xdata()[0] for line in points] == [0.1, 0.2]
+    assert [line.get_markerfacecolor() for line in points] == ["white", lora.start_color("pissa")]
+
+
+def test_sensitivity_is_a_line_through_the_means_of_the_seeds():
+    data = pd.DataFrame(
+        [("default", s, v, v * s) for s in (1, 3) for v in (0.3, 1.0, 3.0)],
+        columns=["start", "seed", "value", "loss"],
+    )
+    _, ax = plt.subplots()
+    lora.sensitivity(data, ax)
+    points, means = ax.lines[:2]
+    assert len(points.get_xdata()) == 6
+    np.testing.assert_allclose(means.get_xydata(), [[0.3, 0.6], [1, 2], [3, 6]])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.3", "1", "3"]
+
+
+def test_letter_shares_add_up():
+    data = pd.DataFrame({"label": ["x"], "A": [0.1], "B": [0.2], "C": [0.3], "D": [0.4]})
+    _, ax = plt.subplots()
+    lora.letter_shares(data, ax)
+    np.testing.assert_allclose([bar.get_x() for bar in ax.patches], [0, 0.1, 0.3, 0.6])
+    np.testing.assert_allclose([bar.get_width() for bar in ax.patches], data.iloc[0, 1:].tolist())
+
+
+def test_letters_alone_lie_on_the_diagonal_if_nothing_else_counts():
+    data = pd.DataFrame(
+        {"variant": ["default"] * 2, "expected": [0.2, 0.3], "observed": [0.1, 0.4]}
+    )
+    _, ax = plt.subplots()
+    lora.letters_alone(data, ax)
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), data.observed)
+    np.testing.assert_array_equal(ax.lines[1].get_xydata(), [[0.2, 0.2], [0.3, 0.3]])
+
+
+def test_the_chance_of_a_gap_is_drawn_for_each_design():
+    data = pd.DataFrame({"label": ["a", "a", "b"], "items": [1, 2, 1], "chance": [0.5, 0.1, 0.2]})
+    _, ax = plt.subplots()
+    lora.chance_of_gap(data, 13, ax)
+    assert [line.get_label() for line in ax.lines[:2]] == ["a", "b"]
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [0.5, 0.1])
+    assert ax.lines[2].get_xdata()[0] == 13

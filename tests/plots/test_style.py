@@ -1,0 +1,63 @@
+"""What is saved: two runs write the same bytes, and a failed write leaves nothing."""
+
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import pytest
+
+from wdlib import paper, paths
+from wdlib.checkpoints import catalogue
+from wdlib.plots import style
+from wdlib.plots.style import folder, label_lowest
+
+DRAW = """
+import sys
+from pathlib import Path
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from wdlib import plots
+plots.set_style()
+errors = pd.DataFrame({"method": ["a", "b"] * 6, "error": np.logspace(-9, -1, 12),
+                       "matrices": ["real"] * 6 + ["planted"] * 6})
+fig, ax = plt.subplots()
+plots.spectra.errors(errors, ax)
+plots.save(fig, "99_errors", errors, Path(sys.argv[1]))
+"""
+
+
+def test_two_processes_write_the_same_bytes(tmp_path, monkeypatch):
+    subprocess.run([sys.executable, "-c", DRAW, str(tmp_path / "one")], check=True)
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "two")])
+    exec(DRAW, {})
+    written = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert written == ["99_errors.csv", "99_errors.png", "99_errors.svg"]
+    for name in written:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_figure_that_cannot_be_written_leaves_no_picture(tmp_path):
+    fig, _ = plt.subplots()
+    with pytest.raises(AttributeError):
+        style.save(fig, "99_none", None, tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".svg", ".png"}
+
+
+def test_only_the_default_run_writes_to_the_figures_folder():
+    default = folder(catalogue.DEFAULT, paper.RANKS[0])
+    assert default == paths.FIGURES
+    others = {folder(catalogue.DEFAULT, 64), folder("gemma-3-270m", 16)}
+    assert default not in others
+    assert len(others) == 2
+
+
+def test_the_lowest_panel_that_is_drawn_has_labels():
+    fig, axes = plt.subplots(2, 2, sharex=True)
+    axes[1, 1].set_axis_off()
+    label_lowest(axes)
+    fig.canvas.draw()
+    labelled = [[any(t.get_visible() for t in ax.get_xticklabels()) for ax in row] for row in axes]
+    assert labelled == [[False, True], [True, True]]

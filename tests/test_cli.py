@@ -1,0 +1,46 @@
+"""The command: usage, interrupts, lists; what its subcommands do is tested where that is."""
+
+import subprocess
+import sys
+
+import pytest
+
+from wdlib import __version__, cli, notebooks
+
+
+@pytest.mark.parametrize("words", [["-p", "rank"], ["-p", "a", "b", "c"], ["--nope"]])
+def test_wrong_usage_is_exit_2(words):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["run", "00", *words])
+    assert caught.value.code == 2
+
+
+def test_an_interrupt_is_exit_130(monkeypatch):
+    def interrupted(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(notebooks, "figures", interrupted)
+    assert cli.main(["figures"]) == 130
+
+
+def test_the_command_starts_without_the_heavy_libraries():
+    heavy = {"torch", "transformers", "peft", "papermill", "numpy", "scipy", "gguf", "matplotlib"}
+    code = f"import sys, wdlib.cli, wdlib.notebooks; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_catalogue_is_listed(capsys):
+    assert cli.main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["name", "hub"]
+    assert any("SmolLM2-135M-Instruct" in line and "Apache-2.0" in line for line in lines)
+
+
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "wdlib"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"wdlib {__version__}\n"
+    failed = subprocess.run([*command, "run", "no-such"], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("wdlib: no single notebook is called 'no-such'")
