@@ -23,11 +23,7 @@ from wdlib.characterise import NORMAL, POWER_LAW, UNDECIDED, Pair, Verdict
 from wdlib.distances import cosine_distances
 from wdlib.fits.estimators import power_law
 from wdlib.fits.resampling import vector_draws
-from wdlib.generator import (
-    GaussianCounts,
-    ParetoCounts,
-    counts_for,
-)
+from wdlib.generator import GaussianCounts, ParetoCounts, counts_for
 
 SHAPE = (16, 512)
 

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from fnmatch import fnmatch
 from importlib.metadata import distribution, distributions
 
 import yaml
@@ -11,7 +12,8 @@ from packaging.version import Version
 
 from wdlib import paths
 
-PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())
+PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 LINES = (paths.ROOT / "requirements.lock").read_text().splitlines()
 LOCK = dict(line.split("==") for line in LINES if line and not line.startswith(("#", "-")))
 NAMES = {canonicalize_name(name): pinned for name, pinned in LOCK.items()}
@@ -70,6 +72,19 @@ def test_what_is_installed_is_what_is_locked():
     installed = {d.name: Version(d.version).public for d in distributions()}
     installed = {canonicalize_name(name): number for name, number in installed.items()}
     assert {name: installed.get(name, "absent") for name in NAMES} == NAMES
+
+
+def test_an_installed_copy_has_every_room():
+    include = SETUPTOOLS["packages"]["find"]["include"]
+    files = [path for path in (paths.ROOT / "wdlib").rglob("*.*") if path.suffix != ".pyc"]
+    for folder in {path.parent for path in files}:
+        name = ".".join(folder.relative_to(paths.ROOT).parts)
+        assert (folder / "__init__.py").is_file()
+        assert any(fnmatch(name, pattern) for pattern in include)
+    data = SETUPTOOLS["package-data"]["wdlib"]
+    others = [path for path in files if path.suffix != ".py"]
+    assert {path.name for path in others} >= {"py.typed", paths.STYLE.name}
+    assert [p for p in others if not any(p.match(f"wdlib/{name}") for name in data)] == []
 
 
 def test_conda_installs_the_same_versions():

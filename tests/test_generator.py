@@ -21,8 +21,6 @@ from wdlib.generator import (
 )
 
 SHAPE = (16, 512)
-
-
 ENTRIES = 16 * 512
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -358,13 +359,31 @@ def old_names(text: str) -> list[str]:
 
 
 def test_no_old_name_stays():
-    folders = ("wdlib", "tests", "notebooks", "workflow", "docs")
-    files = [path for folder in folders for path in (paths.ROOT / folder).rglob("*")]
-    files += paths.ROOT.glob("*")
-    texts = [p for p in files if p.is_file() and p.suffix in TEXTS and p.name != "test_house.py"]
-    assert len(texts) > 150
-    found = {path: old_names(path.read_text(encoding="utf-8")) for path in texts}
+    files = [path for path in texts() if path.name != "test_house.py"]
+    assert len(files) > 150
+    found = {path: old_names(path.read_text(encoding="utf-8")) for path in files}
     assert {str(path): names for path, names in found.items() if names} == {}
+
+
+def texts() -> Iterator[Path]:
+    """The files of the repository that people read."""
+    for folder in ("wdlib", "tests", "notebooks", "workflow", "docs"):
+        yield from (
+            p for p in (paths.ROOT / folder).rglob("*") if p.suffix in TEXTS and p.is_file()
+        )
+    yield from (path for path in paths.ROOT.glob("*") if path.suffix in TEXTS and path.is_file())
+
+
+def test_every_file_of_the_package_that_is_named_is_there():
+    named = re.compile(r"(?<![\w./])(?:wdlib|workflow|docs)/[\w./-]+\.(?:py|md|csv|yaml)\b")
+    found = {
+        (path.name, name)
+        for path in texts()
+        for name in named.findall(path.read_text(encoding="utf-8"))
+        if path.name not in ("test_house.py", "test_provenance.py")
+    }
+    assert ("plan.py", "wdlib/checkpoints/architectures.py") in found
+    assert [name for name in sorted(found) if not (paths.ROOT / name[1]).is_file()] == []
 
 
 @pytest.mark.parametrize(

@@ -55,12 +55,12 @@ def test_what_changed_is_said(table, house, file, content, state):
     assert provenance.state(table) == state
 
 
-def test_weights_are_compared_where_the_catalogue_knows_them(house):
+def test_weights_are_compared_where_the_catalogue_knows_them(tmp_path):
     weights = [DEFAULT, "all-minilm-l6-v2"]
     found = provenance.of(str(paths.ROOT / "wdlib" / "paths.py"), {}, models=weights)
     known = {f"weights of {name}": models()[name].sources[0].sha256 for name in weights}
     assert found.inputs == known
-    path = house / "table.csv"
+    path = tmp_path / "table.csv"
     for inputs, state in [
         (known, "up to date"),
         (known | {f"weights of {DEFAULT}": "0" * 64}, f"out of date: weights of {DEFAULT} changed"),

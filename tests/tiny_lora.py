@@ -96,8 +96,6 @@ def stock(model, adapter="default", **options):
 # Benchmarks -----------------------------------------------------------------------------------
 
 TEXT = "the a river stone light sings turns under seven green 12 305 bright — über not"
-
-
 WORDS = TEXT.split()
 
 

@@ -28,10 +28,8 @@ QUICK = Patience(
     attempts=4, progress=64, wait=0.001, longest=0.1, timeout=10.0, window=10.0, slowest=1000.0
 )
 
-
 HASTY = dataclasses.replace(QUICK, timeout=0.3, window=0.2)
 """For a server that is silent or slow. A busy one may be taken for it."""
-
 
 LAYERS, HIDDEN = 3, 384
 

@@ -8,9 +8,7 @@ from numpy.testing import assert_allclose
 from scipy import stats
 
 from wdlib.fits import goodness
-from wdlib.fits.estimators import (
-    power_law,
-)
+from wdlib.fits.estimators import power_law
 from wdlib.fits.goodness import goodness_of_fit, goodness_of_fit_vectors
 
 

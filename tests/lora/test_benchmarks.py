@@ -7,13 +7,7 @@ import pytest
 from tiny_lora import ARC, GPQA, write_locked
 
 from wdlib import WdlibError
-from wdlib.lora.benchmarks import (
-    Protocol,
-    _task,
-    option_orders,
-    quiet,
-    requests,
-)
+from wdlib.lora.benchmarks import Protocol, _task, option_orders, quiet, requests
 from wdlib.lora.evaluation import evaluate
 
 

@@ -15,13 +15,7 @@ import torch
 from tiny_lora import ARC, GPQA, HELLASWAG
 
 from wdlib.lora import evaluation, scores
-from wdlib.lora.benchmarks import (
-    _SOURCES,
-    TASKS,
-    Protocol,
-    quiet,
-    requests,
-)
+from wdlib.lora.benchmarks import _SOURCES, TASKS, Protocol, quiet, requests
 from wdlib.lora.evaluation import evaluate
 from wdlib.lora.scores import correct
 

@@ -18,7 +18,7 @@ from tiny_lora import ARC, GPQA, HELLASWAG, REFERENCE
 from wdlib import TYPES, WdlibError, paths
 from wdlib.fingerprints import record
 from wdlib.fingerprints.clusters import cluster
-from wdlib.lora import data, evaluation, pretrained, training
+from wdlib.lora import data, evaluation, pretrained, scores, training
 from wdlib.lora.benchmarks import TASKS, Protocol
 from wdlib.lora.data import DATA, Example, examples, split, tokenise
 from wdlib.lora.grid import (
@@ -270,11 +270,14 @@ def test_only_what_is_missing_is_evaluated(grid, places, do_all, asked):
 
 @pytest.mark.usefixtures("copied")
 def test_another_adapter_makes_the_old_evaluation_void(grid, places, do_all, asked):
-    cell = cells(grid)[-1]
+    cell, other = cells(grid)[-1], "0" * 64  # of a training elsewhere, say
+    before = load_result(cell.run, results=places["results"])
     path = places["results"] / f"{cell.run.key}.json"
-    report = json.loads(path.read_text())
-    report["hashes"]["adapter"] = "0" * 64
-    path.write_text(json.dumps(report))
+    hashes = {**before.report["hashes"], "adapter": other}
+    path.write_text(json.dumps({**before.report, "hashes": hashes}))
+    known = replace(before.evaluation, made={**before.evaluation.made, "adapter": other})
+    scores.save(known, path.with_suffix(".npz"))
+    assert load_result(cell.run, results=places["results"]).report["hashes"]["adapter"] == other
     grid.write_text(grid.read_text().replace(f"[{ARC}, {HELLASWAG}]", f"[{GPQA}, {ARC}]"))
     do_all(cell.run.key)
     assert asked[-1][1].tasks == (GPQA, ARC)

@@ -42,8 +42,6 @@ from wdlib.lora.runs import ADAPTER_INITIALISATIONS, PEFT_INITIALISATIONS
 
 # peft 0.21 asks transformers 5 for an attribute that was renamed; `attach` keeps that to itself.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
-
 FIRST = "model.layers.0.self_attn.q_proj"
 
 

@@ -8,13 +8,7 @@ import pytest
 import tiny
 import torch
 from tiny_lora import GROUPS, distance, logits
-from transformers import (
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-)
+from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from wdlib import WdlibError
 from wdlib.checkpoints import stream

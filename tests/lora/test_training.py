@@ -18,16 +18,7 @@ from transformers import TrainingArguments
 
 from wdlib import WdlibError
 from wdlib.lora import data, initialisation, pretrained, training
-from wdlib.lora.data import (
-    IGNORED,
-    Example,
-    Tokens,
-    examples,
-    pad,
-    schedule,
-    split,
-    tokenise,
-)
+from wdlib.lora.data import IGNORED, Example, Tokens, examples, pad, schedule, split, tokenise
 from wdlib.lora.runs import Hyperparameters, Run
 
 SHORT = Hyperparameters(steps=5, warmup_steps=1, learning_rate=1e-2, dtype="float32")

@@ -12,17 +12,9 @@ from nbstripout import strip_output
 from wdlib import notebooks, paths
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-
-
 HEADINGS = ("What you will do", "What you need", "What you will learn")
-
-
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|Users|usr|opt|mnt|var)/|\b[A-Z]:\\")
-
-
 ADDRESS = re.compile(r"\bat 0x[0-9a-f]+")
-
-
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 

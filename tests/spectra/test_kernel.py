@@ -20,11 +20,7 @@ N, M = 333, 501  # above DENSE_DIMENSION, and no multiple of the block size
 
 
 i = np.arange(1, N + 1)
-
-
 falling = np.linspace(0.9, 0.1, N)
-
-
 SPECTRA = {
     "geometric 0.8": 0.8**i,
     "geometric 0.3": 0.3**i,
@@ -63,8 +59,6 @@ def block_diagonal(block: np.ndarray, times: int) -> np.ndarray:
 
 
 INTEGERS = np.random.default_rng(3).integers(-3, 4, (N, 10))
-
-
 STRUCTURED = {
     "zeros": np.zeros((N, M)),
     "one entry": np.pad([[7.0]], ((3, N - 4), (5, M - 6))),

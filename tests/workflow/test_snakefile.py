@@ -16,23 +16,12 @@ from wdlib.lora.grid import STATES, cells
 from wdlib.spectra import store
 
 FOLDER = paths.ROOT / "workflow"
-
-
 SNAKEFILE = (FOLDER / "Snakefile").read_text()
-
-
 RULES = set(re.findall(r"^rule (\w+):", SNAKEFILE, re.M))
-
-
 CONFIG = yaml.safe_load((FOLDER / "config.yaml").read_text())
-
-
 TABLES = yaml.safe_load((FOLDER / "tables.yaml").read_text())
 SAMPLES = {"rank": "16", "number": "1", "shards": "2", "threads": "2", "DATA": "--data-folder d"}
-
-
 LOCKS = ("requirements.lock", "requirements-workflow.lock")
-
 
 DIFFERENT = {"packaging"}
 """Snakemake refuses the release that the project has: hence an environment of its own."""
