@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from wdlib import WdlibError
@@ -35,12 +36,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Makes the folder. A reader of `path` sees the file that was there before or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    # A folder of this process alone: nobody can have planted a link where the file is written.
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".part") as folder:
+        part = Path(folder) / path.name
+        try:
+            yield part
+            os.replace(part, path)
+        except OSError as error:
+            if error.filename is None and error.errno:  # a full disk says no name
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            raise
 
 
 def file_sha256(path: Path) -> str:

@@ -79,10 +79,13 @@ class RangeHub(Hub):
         if fault.isdigit():
             headers = {"Retry-After": "0"} if fault == "429" else {}
             return self.answer(int(fault), b"{}", headers)
+        if fault == "page":
+            return self.answer(200, b"<html>log in</html>", {"Content-Type": "text/html"})
         if fault == "whole":
             return self.answer(200, self.files[name])
         begin = first + 1 if fault == "shifted" else first
         headers = {"Content-Range": f"bytes {begin}-{last}/{size}"}
+        headers["ETag"] = sha256(self.files[name])
         half = len(data) // 2
         if fault == "short":
             return self.answer(206, data[:half], headers)
@@ -348,6 +351,13 @@ def test_a_server_without_ranges_is_not_read_to_its_end(server):
         stream.read(plan[0])
 
 
+def test_a_page_in_place_of_a_file_is_called_so(server):
+    plan = projection_parts("hf://lab/tiny", types=["q"])
+    server.faults = ["page"]
+    with pytest.raises(WdlibError, match=r"A web page came in place of hf://lab/tiny/.*a proxy"):
+        stream.read(plan[0])
+
+
 def test_a_file_that_is_gone_is_asked_for_once(server):
     file = RemoteFile("lab/tiny", COMMIT, "absent.safetensors", 10**6, patience=QUICK)
     server.files = {}
@@ -412,3 +422,46 @@ def test_a_hub_out_of_reach_and_offline(server, monkeypatch):
     use(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(WdlibError, match=r"lab/tiny could not be read .*refused.*check the net"):
         files.resolve("hf://lab/tiny")
+
+
+def test_a_file_that_is_replaced_between_two_ranges_is_noticed(server, monkeypatch):
+    """Every range of one file carries one ETag; another one is another file."""
+    parts = projection_parts("hf://lab/tiny", types=["q"])
+    stream.read(parts[0])
+    changed = {name: content[:-1] + b"\0" for name, content in server.files.items()}
+    monkeypatch.setattr(server, "files", changed)
+    with pytest.raises(WdlibError, match="was replaced on the server"):
+        stream.read(parts[0])
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "3"}, 3.0),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, None),
+        ({"Retry-After": "²"}, None),
+        ({"Retry-After": "-5"}, 0.0),
+        ({"ratelimit": "r=x;t="}, None),
+    ],
+)
+def test_what_a_server_says_of_waiting_is_read_or_passed_over(headers, seconds):
+    from types import SimpleNamespace
+
+    from wdlib.checkpoints import hub as room
+
+    assert room._asked(SimpleNamespace(headers=headers)) == seconds
+
+
+def test_signed_addresses_do_not_reach_the_log(monkeypatch, caplog):
+    from wdlib.checkpoints import hub as room
+
+    monkeypatch.setattr(room.time, "sleep", lambda _: None)
+    attempts = room._Attempts("lab/tiny", "a file", Patience(attempts=3, wait=0.0))
+    attempts.failed(OSError("Client error for url 'https://cdn.example/x?Signature=SECRET&Key=1'"))
+    assert "https://cdn.example/x" in caplog.text
+    assert "SECRET" not in caplog.text
+
+
+def test_a_small_file_that_claims_to_be_huge_is_not_asked_for():
+    with pytest.raises(WdlibError, match="10000000000000 bytes"):
+        RemoteFile("lab/tiny", COMMIT, "config.json", 10**13).content()

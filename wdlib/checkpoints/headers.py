@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from wdlib import WdlibError
-from wdlib.checkpoints.files import Checkpoint
+from wdlib.checkpoints.files import Checkpoint, config_file
 from wdlib.checkpoints.formats import EXACT, Tensor
 from wdlib.checkpoints.hub import RemoteFile
+
+HEADER_BYTES = 100_000_000
+"""The format's own limit to the header of a safetensors file."""
 
 HEADERS_AT_ONCE = 8
 """Headers of so many files are read at the same time: on the hub, each waits for two answers."""
@@ -27,6 +30,8 @@ class Geometry:
     layers: int | None = None
     heads: int | None = None
     kv_heads: int | None = None
+    predictors: int = 0
+    """Layers after the decoder's that predict further tokens."""
 
 
 def read_headers(checkpoint: Checkpoint) -> tuple[Geometry, dict[str, Tensor]]:
@@ -35,18 +40,16 @@ def read_headers(checkpoint: Checkpoint) -> tuple[Geometry, dict[str, Tensor]]:
     if isinstance(first, Path) and first.suffix == ".gguf":
         metadata, tensors = gguf_header(first)
         return _geometry_of_gguf(metadata), tensors
-    config: Path | RemoteFile | None = checkpoint.config
-    if isinstance(first, Path) and (first.parent / "config.json").is_file():
-        config = first.parent / "config.json"
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
         tables = list(pool.map(safetensors_header, checkpoint.files))
-    return _geometry_of_config(config), {k: t for table in tables for k, t in table.items()}
+    geometry = _geometry_of_config(config_file(checkpoint))
+    return geometry, {k: t for table in tables for k, t in table.items()}
 
 
 def _geometry_of_config(file: Path | RemoteFile | None) -> Geometry:
     if file is None:
         return Geometry()
-    content = file.read(0, file.size) if isinstance(file, RemoteFile) else file.read_bytes()
+    content = file.content() if isinstance(file, RemoteFile) else file.read_bytes()
     try:
         config = json.loads(content)
         config = config.get("text_config") or config
@@ -62,6 +65,7 @@ def _geometry_of_config(file: Path | RemoteFile | None) -> Geometry:
         layers=first("num_hidden_layers", "n_layer", "n_layers"),
         heads=heads,
         kv_heads=first("num_key_value_heads") or heads,
+        predictors=first("num_nextn_predict_layers", "num_mtp_layers") or 0,
     )
 
 
@@ -72,12 +76,12 @@ def _geometry_of_gguf(metadata: dict[str, Any]) -> Geometry:
         return metadata.get(f"{architecture}.{key}")
 
     layers, heads = field("block_count"), field("attention.head_count")
+    # The last blocks of some models predict further tokens and are no part of the decoder.
+    predictors = field("nextn_predict_layers") or 0
     if layers is not None:
-        # The last blocks of some models predict further tokens and are no part of the decoder.
-        layers -= field("nextn_predict_layers") or 0
-    return Geometry(
-        architecture, layers, heads, metadata.get(f"{architecture}.attention.head_count_kv", heads)
-    )
+        layers -= predictors
+    kv_heads = metadata.get(f"{architecture}.attention.head_count_kv", heads)
+    return Geometry(architecture, layers, heads, kv_heads, predictors)
 
 
 def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
@@ -85,12 +89,12 @@ def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
     size = path.size if isinstance(path, RemoteFile) else path.stat().st_size
     start = _beginning(path, 0, min(8, size))
     length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > size - 8:
+    if len(start) < 8 or length > min(size - 8, HEADER_BYTES):
         raise WdlibError(f"{path} is truncated or no safetensors file: download it again.")
     text = _beginning(path, 8, length)
     table = {}
     try:
-        for name, item in json.loads(text).items():
+        for name, item in json.loads(text, object_pairs_hook=_once).items():
             if name == "__metadata__":
                 continue
             begin, end = item["data_offsets"]
@@ -105,7 +109,34 @@ def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
     for tensor in table.values():
         value = EXACT.get(tensor.dtype)
         _check_extent(tensor, size, value and value * math.prod(tensor.shape))
+    _check_order(list(table.values()), 8 + length, size, alignment=1)
     return table
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which no name stands twice."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return found
+
+
+def _check_order(tensors: list[Tensor], start: int, size: int, *, alignment: int) -> None:
+    """Refuse a file whose tensors overlap or leave holes, but for padding: one is misplaced.
+
+    start: of the data, in the file; size: of the file, which safetensors fill to its end.
+    """
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.size)):
+        if tensor.offset != start:
+            raise WdlibError(
+                f"The header of {tensor.file} is corrupt: the tensor {tensor.name} begins at byte "
+                f"{tensor.offset}, and the one before it leads to {start}; download the file again."
+            )
+        start += -(-tensor.size // alignment) * alignment
+    if alignment == 1 and start != size and tensors:
+        raise WdlibError(
+            f"{tensors[0].file} is corrupt: its tensors end at byte {start} of {size}; download it "
+            "again."
+        )
 
 
 def _beginning(path: Path | RemoteFile, offset: int, size: int) -> bytes:
@@ -160,10 +191,16 @@ def gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path} is one part of a split model: join the parts with `llama-gguf-split --merge`."
         )
     alignment = metadata.get("general.alignment") or 32
+    if alignment % 8 or alignment & (alignment - 1) or len({t.name for t in table}) < len(table):
+        raise WdlibError(
+            f"The header of {path} is corrupt (an alignment of {alignment} bytes, or a tensor "
+            "twice): download it again."
+        )
     data = -(-cursor.position // alignment) * alignment
     placed = {t.name: dataclasses.replace(t, offset=data + t.offset) for t in table}
     for tensor in placed.values():
         _check_extent(tensor, size, None)
+    _check_order(list(placed.values()), data, size, alignment=alignment)
     return metadata, placed
 
 

@@ -6,15 +6,19 @@ connection breaks; here exactly the range is asked for, and a broken read goes o
 """
 
 import logging
+import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from wdlib import WdlibError, first_line
 
 PREFIX = "hf://"
 """Begins the name of a model that is read from the hub where it lies, as fsspec spells it."""
+
+WHOLE_BYTES = 100_000_000
+"""Larger files are never read as a whole."""
 
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _log = logging.getLogger(__name__)
@@ -45,7 +49,10 @@ PATIENCE = Patience()
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file in a model repository, at one commit. sha256 is empty where the hub does not say."""
+    """A file in a model repository, at one commit. sha256 is empty where the hub does not say.
+
+    etags: the first that came with a range, by which a file that was replaced since is noticed.
+    """
 
     repository: str
     commit: str
@@ -53,6 +60,7 @@ class RemoteFile:
     size: int
     sha256: str = ""
     patience: Patience = PATIENCE
+    etags: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def suffix(self) -> str:
@@ -60,6 +68,14 @@ class RemoteFile:
 
     def __str__(self) -> str:
         return f"{PREFIX}{self.repository}/{self.name}"
+
+    def content(self) -> bytearray:
+        """All of a small file, such as a configuration. Raises WdlibError as `read_into` does."""
+        if self.size > WHOLE_BYTES:
+            raise WdlibError(
+                f"{self} has {self.size} bytes, which no such file has: check the model."
+            )
+        return self.read(0, self.size)
 
     def read(self, offset: int, size: int) -> bytearray:
         """`size` bytes from `offset`. Raises WdlibError as `read_into` does."""
@@ -96,6 +112,11 @@ class RemoteFile:
         headers, timeout = build_hf_headers() | wanted, self.patience.timeout
         with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
             hf_raise_for_status(response)
+            if response.headers.get("Content-Type", "").startswith("text/html"):
+                raise WdlibError(
+                    f"A web page came in place of {self}: a proxy or a login answers for the hub. "
+                    "Open the hub in a browser, then run the same command again."
+                )
             if response.status_code != 206 and (offset, size) != (0, self.size):
                 raise WdlibError(
                     f"The server gives {self} only as a whole: download the model by giving "
@@ -103,6 +124,12 @@ class RemoteFile:
                 )
             if response.status_code == 206:
                 got = response.headers.get("Content-Range")
+                etag = response.headers.get("ETag", "")
+                if etag and etag != self.etags.setdefault("first", etag):
+                    raise WdlibError(
+                        f"{self} was replaced on the server while it was read: run the same "
+                        "command again."
+                    )
                 if got != f"bytes {offset}-{offset + size - 1}/{self.size}":
                     raise ConnectionError(f"the answer holds other bytes ({got})")
             since, arrived = time.monotonic(), 0
@@ -181,7 +208,8 @@ class _Attempts:
         response = getattr(error, "response", None)
         final = response is not None and response.status_code not in _TRANSIENT
         self.failures = 1 if progress else self.failures + 1
-        reason = first_line(error)
+        # Addresses of a CDN are signed: whoever reads the log could use them.
+        reason = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", first_line(error))
         if final or isinstance(error, errors.OfflineModeIsEnabled):
             raise WdlibError(
                 f"{self.what} cannot be read from the hub ({reason}): check the name, the "
@@ -206,8 +234,10 @@ def _asked(response: Any) -> float | None:
 
     if response is None:
         return None
-    after = response.headers.get("Retry-After", "")
-    if after.isdigit():
-        return float(after)
-    limit = parse_ratelimit_headers(response.headers)
-    return float(limit.reset_in_seconds) if limit and not limit.remaining else None
+    try:
+        if after := response.headers.get("Retry-After"):
+            return max(0.0, float(after))
+        limit = parse_ratelimit_headers(response.headers)
+        return float(limit.reset_in_seconds) if limit and not limit.remaining else None
+    except (ValueError, TypeError, AttributeError):  # a date, or what no server should send
+        return None

@@ -125,6 +125,12 @@ def _all_parts(checkpoint: Checkpoint) -> list[Part]:
         if role := tensor_role(tensor.name, geometry.architecture):
             parts += _parts_of(tensor, role, geometry)
     if geometry.layers is not None:
+        beyond = max((part.entry.layer for part in parts), default=0)
+        if beyond >= geometry.layers + geometry.predictors:
+            raise WdlibError(
+                f"{checkpoint.name} holds a layer {beyond}, and its configuration says that it has "
+                f"{geometry.layers} layers: the configuration is another model's, so correct it."
+            )
         parts = [part for part in parts if part.entry.layer < geometry.layers]
     if not parts:
         _refuse_names(checkpoint, geometry, tensors)
@@ -227,6 +233,7 @@ def _check_complete(checkpoint: Checkpoint, geometry: Geometry, entries: list[En
     """Refuse a checkpoint in which a layer lacks a matrix, has it twice or in a wrong shape."""
     there = Counter(entry.place for entry in entries)
     number = entries[-1].layer + 1 if geometry.layers is None else geometry.layers
+    _check_numbers(checkpoint, number, there)
     expected = sorted(_expected(number, there), key=lambda place: place_order(*place))
     for layer, kind, expert in expected:
         if (layer, kind, expert) not in there:
@@ -242,6 +249,22 @@ def _check_complete(checkpoint: Checkpoint, geometry: Geometry, entries: list[En
                 f"and {following.name}."
             )
     _check_shapes(checkpoint, entries)
+
+
+def _check_numbers(checkpoint: Checkpoint, number: int, there: Collection[_Place]) -> None:
+    """Refuse gaps among layers and experts, before anything is made that is as large as they."""
+    experts = {expert for *_, expert in there if expert is not None}
+    for what, count, held in (
+        ("layer", number, {layer for layer, *_ in there}),
+        ("expert", max(experts, default=-1) + 1, experts),
+    ):
+        gap = next((i for i in range(count) if i not in held), None)
+        if gap is not None:
+            raise WdlibError(
+                f"{checkpoint.name} has no {what} {gap} of {count}: the checkpoint is incomplete, "
+                "its configuration is another's, or RULES in wdlib/checkpoints/architectures.py "
+                "lacks a row for a name of it."
+            )
 
 
 def _check_shapes(checkpoint: Checkpoint, entries: list[Entry]) -> None:

@@ -22,7 +22,10 @@ from wdlib.checkpoints.plan import Part, projection_parts
 
 @dataclass(frozen=True)
 class Projection:
-    """One matrix W[layer, type]: float32 of shape (d_out, d_in), as `torch.nn.Linear` stores it."""
+    """One matrix W[layer, type] of shape (d_out, d_in), as `torch.nn.Linear` stores it.
+
+    matrix: float32, or float64 where it is stored so: never narrower than stored.
+    """
 
     layer: int
     type: str
@@ -79,7 +82,9 @@ def requantise(projection: Projection, kind: str) -> Projection:
     from gguf import GGMLQuantizationType, QuantError, quants
 
     try:
-        stored = quants.quantize(projection.matrix, GGMLQuantizationType[kind])
+        stored = quants.quantize(
+            projection.matrix.astype(np.float32, copy=False), GGMLQuantizationType[kind]
+        )
     except (KeyError, NotImplementedError, QuantError) as error:
         raise WdlibError(
             f"The tensor {projection.name} of shape {projection.matrix.shape} cannot be stored as "
@@ -95,7 +100,7 @@ def _projection(part: Part, raw: np.ndarray) -> Projection:
 
 
 def _matrix(part: Part, raw: np.ndarray) -> np.ndarray:
-    """One matrix from the bytes of its rows: float32, (d_out, d_in), C order."""
+    """One matrix from the bytes of its rows: (d_out, d_in), C order."""
     entry, tensor = part.entry, part.tensor
     matrix = decode(raw, tensor.dtype)
     if part.layout == "conv1d":

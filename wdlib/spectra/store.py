@@ -138,6 +138,7 @@ def load(model: str | Path, *, rank: int | None = None) -> Spectra:
             about,
             {t: _pairs(tensors[f"{t}.shapes"]) for t in types if f"{t}.shapes" in tensors},
         )
+        _check(spectra)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise WdlibError(
             f"{path} does not hold spectra ({error}): write it anew with `wdlib spectra MODEL "
@@ -146,9 +147,26 @@ def load(model: str | Path, *, rank: int | None = None) -> Spectra:
     return spectra if rank is None else spectra.truncate(rank)
 
 
-def cache_file(model: str, sha256: str, rank: int) -> Path:
-    """Where computed spectra are kept: by the model's name and the sha256 of its weights."""
-    return paths.CACHE / "spectra" / f"{model}-{sha256[:16]}-r{rank}{_SUFFIX}"
+def _check(spectra: Spectra) -> None:
+    """Raise ValueError for what no spectra are: see `Spectra`."""
+    for t, values in spectra.values.items():
+        error, rows = spectra.error[t], spectra.rows[t]
+        if not (values.ndim == 2 and values.shape == error.shape and len(rows) == len(values)):
+            raise ValueError(f"values, errors and rows of {t} do not fit each other")
+        if not (values.dtype == error.dtype == np.float64):
+            raise ValueError(f"{t} is of type {values.dtype}, with errors of {error.dtype}")
+        if len(spectra.shapes.get(t, rows)) != len(rows) or values.shape[1] != spectra.rank:
+            raise ValueError(f"{t} has other shapes or another rank than the rest")
+        finite = np.isfinite(values).all() and np.isfinite(error).all()
+        if not (finite and (error >= 0).all() and (values >= 0).all()):
+            raise ValueError(f"{t} holds negative numbers, NaN or infinity")
+        if (np.diff(values, axis=1) > 0).any():
+            raise ValueError(f"{t} has rows that do not descend")
+
+
+def cache_file(model: str, key: str, rank: int) -> Path:
+    """Where computed spectra are kept: by the model's name and its `files.reading_key`."""
+    return paths.CACHE / "spectra" / f"{model}-{key[:16]}-r{rank}{_SUFFIX}"
 
 
 def load_or_make(path: Path, make: Callable[[Path], object]) -> Spectra:
