@@ -1,5 +1,6 @@
 """Adapters on tiny models, and made-up items of the benchmarks."""
 
+import copy
 import io
 import math
 import zipfile
@@ -12,7 +13,7 @@ import tiny
 from wdlib import TYPES
 from wdlib.lora import initialisation
 from wdlib.lora.adapters import LoraSettings, adapted_sites
-from wdlib.lora.benchmarks import GPQA_PASSWORD, TASKS
+from wdlib.lora.benchmarks import GPQA_PASSWORD, TASKS, quiet
 
 GPQA, ARC, HELLASWAG = TASKS
 REFERENCE = "qwen2.5-coder-0.5b-instruct"
@@ -181,3 +182,19 @@ def benchmark_items() -> dict[str, list[dict]]:
         for row in range(9)
     ]
     return {GPQA: gpqa, ARC: arc, HELLASWAG: hellaswag}
+
+
+def answering(kind: str = "llama", **options):
+    """A small model, far from uniform, as a trained one is."""
+    ends = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}
+    given = {"initializer_range": 0.3, "max_position_embeddings": 512, **options}
+    return tiny.model(kind, layers=2, **ends, **given)
+
+
+def harness(model, tokenizer, given: list) -> np.ndarray:
+    """What lm-eval's own model class answers."""
+    from lm_eval.models.huggingface import HFLM
+
+    with quiet():
+        plain = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=4)
+        return np.array(plain.loglikelihood(given, disable_tqdm=True))

@@ -110,3 +110,46 @@ def test_the_schedule_shows_every_example_before_one_comes_again():
     np.testing.assert_array_equal(plan, schedule(10, 4, 6, seed=1))
     assert (plan != schedule(10, 4, 6, seed=2)).any()
     np.testing.assert_array_equal(plan[:3], schedule(10, 4, 3, seed=1))
+
+
+def test_the_end_is_learnt_whoever_appends_it(tokenizer):
+    """A tokenizer that appends it says that it stands at 0, where the prompt is."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    appends = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        eos_token="<end>",
+    )
+    appends.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <end>", special_tokens=[("<end>", tokenizer.eos_token_id)]
+    )
+    rows = [Example("a river", "", "seven green")]
+    for answers_only in (False, True):
+        options = {"max_length": 999, "answers_only": answers_only}
+        (found,), (expected,) = (tokenise(rows, t, **options) for t in (appends, tokenizer))
+        assert found == expected
+        assert found.labels[-1] == tokenizer.eos_token_id
+
+
+def test_a_tokenizer_without_an_end_is_refused(tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(WdlibError, match="no end-of-sequence token"):
+        tokenise([Example("a", "", "b")], endless, max_length=9)
+
+
+def test_lines_are_those_of_the_format(tmp_path):
+    """U+2028 within a text, a BOM, empty lines at the end, and an input that is null."""
+    rows = [
+        {"instruction": "a\u2028b", "input": None, "output": "c\u0085d"},
+        {"instruction": "e", "input": "f", "output": "g"},
+    ]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / DATA["alpaca"].file).write_text(f"\ufeff{lines}\n\n", encoding="utf-8")
+    found = examples("alpaca", folder=tmp_path)
+    assert found == (Example("a\u2028b", "", "c\u0085d"), Example("e", "f", "g"))
+    (tmp_path / DATA["alpaca"].file).write_text('{"instruction": 1, "input": "", "output": ""}')
+    with pytest.raises(WdlibError, match="lacks what it should have"):
+        examples("alpaca", folder=tmp_path)

@@ -10,21 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from tiny_lora import ARC, GPQA, HELLASWAG
+from tiny_lora import ARC, GPQA, HELLASWAG, answering, harness
 
 from wdlib.lora import evaluation, scores
 from wdlib.lora.benchmarks import _SOURCES, TASKS, Protocol, quiet, requests
 from wdlib.lora.evaluation import evaluate
 from wdlib.lora.scores import correct
-
-
-def answering(kind: str = "llama", **options):
-    """A small model, far from uniform, as a trained one is."""
-    ends = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}
-    given = {"initializer_range": 0.3, "max_position_embeddings": 512, **options}
-    return tiny.model(kind, layers=2, **ends, **given)
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +32,6 @@ def measured(model, tokenizer, data):
 def asked(name: str, data: Path, **options) -> list:
     shown = requests(name, Protocol(**options), data).shown
     return [request for item in shown for request in itertools.chain(*item)]
-
-
-def harness(model, tokenizer, given: list) -> np.ndarray:
-    """What lm-eval's own model class answers."""
-    from lm_eval.models.huggingface import HFLM
-
-    with quiet():
-        plain = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=4)
-        return np.array(plain.loglikelihood(given, disable_tqdm=True))
 
 
 def ours(model, tokenizer, given: list) -> np.ndarray:

@@ -433,7 +433,7 @@ RESHAPE = {
         "embed_tokens is not known as a projection",
     ),
     "quantised": (with_packed_base, {}, f"{FIRST} holds weights of torch.int8"),
-    "merged": (merged, {}, "has rank 8, merged: every layer must be unmerged"),
+    "merged": (merged, {}, "has rank 8 and is merged: give a model"),
     "b_scale": (stock, {"b_scale": -1.0}, "b_scale"),
 }
 
@@ -459,3 +459,20 @@ def test_a_failure_while_drawing_leaves_the_start(llama, monkeypatch):
     with pytest.raises(WdlibError, match="no template"):
         initialisation.reshape_(peft_model, GROUPS)
     assert_untouched(peft_model, before)
+
+
+def test_olora_on_conv1d_is_refused():
+    sizes = {"n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 128, "bos_token_id": 0}
+    gpt2 = GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=0)).eval()
+    settings = replace(SMALL, targets=("attn.c_proj",))
+    with pytest.raises(WdlibError, match="takes the transpose of Conv1D layers"):
+        initialisation.attach(gpt2, "olora", settings=settings)
+
+
+@pytest.mark.parametrize("init", ["default", "preserved", "eva"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_keeps_its_mode(init, training, llama, batch):
+    given = {"preserved": {"characterisation": GROUPS}, "eva": {"batches": [batch]}}.get(init, {})
+    settings = replace(SMALL, dropout=0.5)
+    peft_model, _ = initialisation.attach(llama.train(training), init, settings=settings, **given)
+    assert {module.training for module in peft_model.modules()} == {training}

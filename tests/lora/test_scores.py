@@ -42,6 +42,18 @@ def test_what_is_no_evaluation_is_refused(content, tmp_path) -> None:
         scores.load(path)
 
 
+def test_an_evaluation_of_an_unknown_protocol_names_its_file(tmp_path) -> None:
+    path = tmp_path / "run.npz"
+    given = Evaluation(Protocol((ARC,)), {ARC: tiny.scores(np.zeros((2, 1, 4)), [0, 1])}, {})
+    scores.save(given, path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["about"] = np.array(str(arrays["about"]).replace("float32", "float8"))
+    np.savez_compressed(path, **arrays)
+    with pytest.raises(WdlibError, match=r"run.npz is not .* dtype 'float8' here.*evaluate again"):
+        scores.load(path)
+
+
 def test_accuracy_by_hand() -> None:
     nan = np.nan
     by_hand = np.array([[[-1, -2, -3]], [[-2, -2, nan]], [[-4, -5, -9]], [[-5, -4, -3]]])

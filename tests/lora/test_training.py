@@ -254,3 +254,39 @@ def test_several_gpus_without_a_launcher_do_not_enlarge_a_batch(run, home, tmp_p
     model = pretrained.load(run.model).model
     trainer = training._trainer(model, [], run, folder=tmp_path, save_every=1)
     assert trainer.args.train_batch_size == run.hyperparameters.batch
+
+
+def test_examples_of_which_nothing_counts_are_left_out(home, tmp_path):
+    """A step without a counted token would make the losses of all later steps NaN."""
+    short = replace(SHORT, answers_only=True, max_length=218)
+    found = training.train(
+        Run(model=str(home / "model"), hyperparameters=short),
+        tmp_path / "run",
+        data_folder=home / "data",
+    )
+    result = training.result(found)
+    assert 0 < result["data"]["uncounted"] < result["data"]["train"] + result["data"]["uncounted"]
+    assert all(np.isfinite(row["loss"]) and row["tokens"] > 0 for row in result["curve"])
+
+
+def test_nothing_to_count_is_refused_before_training(home, tmp_path):
+    none = replace(SHORT, answers_only=True, max_length=5)
+    run = Run(model=str(home / "model"), hyperparameters=none)
+    with pytest.raises(WdlibError, match="no token of the answers is left to count"):
+        training.train(run, tmp_path / "run", data_folder=home / "data")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, tmp_path):
+    for step in (10, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(bytes(100))
+        training._mark_whole(folder)
+    state = tmp_path / "checkpoint-20" / "optimizer.pt"
+    if damage == "flipped":
+        state.write_bytes(bytes(50) + b"\1" + bytes(49))
+    else:
+        state.unlink()
+    assert training._last_whole(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]

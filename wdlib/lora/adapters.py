@@ -104,6 +104,9 @@ def export(peft_model: "PeftModel", folder: str | Path) -> Path:
         config.r *= 2
         config.lora_alpha = config.r
     config.init_lora_weights, config.inference_mode = True, True
+    targets: Any = config.target_modules
+    if isinstance(targets, set):  # whose order is another in every process
+        config.target_modules = sorted(targets)
     base = peft_model.get_base_model().config
     config.base_model_name_or_path = getattr(base, "_name_or_path", None) or None
     folder = Path(folder)

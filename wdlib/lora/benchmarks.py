@@ -41,8 +41,8 @@ class _Source:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    with opened(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
 
 
 def _locked_table(path: Path) -> list[dict[str, Any]]:

@@ -99,7 +99,9 @@ def examples(name: str, *, folder: str | Path | None = None) -> tuple[Example, .
 
 def _local_rows(path: Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not `splitlines`: a text may hold other separators, such as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        return [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise WdlibError(
             f"{path} cannot be read ({error}): name the folder that holds it, or none to read the "
@@ -126,7 +128,10 @@ def _remote_rows(source: DataSet) -> list[dict]:
 
 def _example(row: dict) -> Example:
     if "choices" not in row:
-        return Example(row["instruction"], row["input"], row["output"])
+        texts = row["instruction"], row["input"] or "", row["output"]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("an instruction, input or output that is no text")
+        return Example(*texts)
     texts, labels = row["choices"]["text"], row["choices"]["label"]
     options = [f"{chr(ord('A') + index)}. {text}" for index, text in enumerate(texts)]
     return Example(
@@ -155,6 +160,11 @@ class Tokens:
     labels: list[int]
     cut: bool
 
+    @property
+    def counted(self) -> int:
+        """How many tokens have a part in the loss."""
+        return sum(label != IGNORED for label in self.labels)
+
 
 def tokenise(
     rows: Sequence[Example],
@@ -167,7 +177,13 @@ def tokenise(
 
     Arguments: max_length, in tokens: what is longer loses its end; answers_only gives the prompt's
     tokens the label IGNORED. The first token is never predicted, so its label is IGNORED too.
+    Raises: WdlibError for a tokenizer without an end-of-sequence token.
     """
+    if tokenizer.eos_token_id is None:
+        raise WdlibError(
+            "the tokenizer has no end-of-sequence token, by which a model learns to stop: set its "
+            "eos_token"
+        )
     done = []
     for row in rows:
         prompt = PROMPT.format(instruction=row.instruction, input=row.input)
@@ -175,7 +191,8 @@ def tokenise(
         ids, starts = list(coded["input_ids"]), [start for start, _ in coded["offset_mapping"]]
         if not ids or ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
-            starts.append(len(prompt) + len(row.output))
+            starts.append(0)
+        starts[-1] = max(starts[-1], len(prompt))  # tokenizers that append it say that it is at 0
         labels = [
             i if not answers_only or start >= len(prompt) else IGNORED
             for i, start in zip(ids, starts, strict=True)

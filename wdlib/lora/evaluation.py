@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from wdlib import WdlibError
 from wdlib.lora.benchmarks import Items, Protocol, check_folder, quiet, requests
 from wdlib.lora.scores import Evaluation, Scores
 
@@ -47,8 +49,9 @@ def evaluate(
 ) -> Evaluation:
     """Score every option of every item of the protocol's tasks.
 
-    Arguments: model, a causal language model of transformers or a PeftModel, which is scored as a
-    merged copy; neither it nor the tokenizer is changed. data_folder, with the files of the tasks
+    Arguments: model, a causal language model of transformers or a PeftModel, which is scored in the
+    state that it is in: active adapters, or none where they are switched off; neither it nor the
+    tokenizer is changed. data_folder, with the files of the tasks
     (arc_challenge_test.jsonl, hellaswag_validation.jsonl.gz, gpqa_diamond.zip); None: the hub.
     Raises: WdlibError for a protocol that cannot be followed and data that cannot be read.
     """
@@ -87,25 +90,67 @@ def _scores(items: Items, answers: Sequence[float]) -> Scores:
 
 
 @contextlib.contextmanager
-def _ready(model: "PreTrainedModel") -> "Iterator[PreTrainedModel]":
+def _ready(model: Any) -> Iterator[Any]:
     """The model with float32 weights in evaluation mode, a copy where it is not so already.
 
-    An adapter is merged into the copy: in bfloat16 the sum would lose most of it.
+    An adapter is merged into the copy where that leaves the function as it is: in bfloat16 the sum
+    would lose most of it. Elsewhere the model is scored with its adapters as they are.
     """
     import copy
 
     import torch
 
-    if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).float().merge_and_unload()
-    elif model.dtype != torch.float32:
+    merged = _merges(model)
+    if merged or model.dtype != torch.float32:
         model = copy.deepcopy(model).float()
+    if merged:
+        _untie(model)
+        model = model.merge_and_unload()
     training = [module for module in model.modules() if module.training]
     try:
         yield model.eval()
     finally:
         for module in training:
             module.training = True
+
+
+def _merges(model: Any) -> bool:
+    """Whether a model is a PeftModel whose function merging keeps.
+
+    It does not where adapters are switched off, and where more than matrices is trained.
+    Raises: WdlibError for an adapter that adds tokens of its own to the input.
+    """
+    if not hasattr(model, "peft_config") or not hasattr(model, "active_adapters"):
+        return False
+    active = [model.peft_config[name] for name in model.active_adapters]
+    if any(config.is_prompt_learning for config in active):
+        raise WdlibError(
+            f"the adapter ({active[0].peft_type.value}) puts tokens of its own before every prompt "
+            "and cannot be scored here: evaluate one that changes weights, such as LoRA"
+        )
+    more = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices")
+    special = any(
+        getattr(c, key, None) not in (None, False, "none") for c in active for key in more
+    )
+    return not special and not any(layer.disable_adapters for layer in _adapted(model))
+
+
+def _adapted(model: Any) -> list[Any]:
+    """The layers of a PeftModel that hold adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _untie(model: Any) -> None:
+    """Give adapted layers a weight of their own: merging would change what they are tied to."""
+    import torch
+
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    for layer in (adapted.get_base_layer() for adapted in _adapted(model)):
+        if owners[id(layer.weight)] > 1:
+            layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+            model.config.tie_word_embeddings = False
 
 
 def tree_scorer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", dtype: str) -> Any:
@@ -117,11 +162,23 @@ def tree_scorer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", 
     class TreeLM(HFLM):
         counted: dict[str, int]
 
+        def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
+            """As HFLM does it, without the end-of-text token that some tokenizers append."""
+            ids: list[int] = super().tok_encode(string, *args, **options)
+            end = self.tokenizer.eos_token
+            appended = ids[-1:] == [self.tokenizer.eos_token_id] and not string.endswith(end)
+            return ids[:-1] if appended else ids
+
         def _loglikelihood_tokens(
             self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
         ) -> list[tuple[float, bool]]:
             # As HFLM cuts what is too long for the model: from the left.
             pairs = [((c + t)[-(self.max_length + 1) :], len(t)) for _, c, t in requests]
+            if not all(predicted for _, predicted in pairs):
+                raise WdlibError(
+                    "an option has no token of its own: this tokenizer joins it to the end of the "
+                    "prompt, so that it cannot be scored; evaluate with another tokenizer"
+                )
             naive = sum(len(tokens) - 1 for tokens, _ in pairs)
             if not _plain_attention(self.model, max(len(tokens) for tokens, _ in pairs)):
                 self.counted = {"tokens": naive, "naive": naive}
@@ -136,11 +193,14 @@ def tree_scorer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", 
                     bar.update(len(batch))
             return answers
 
+    # Of a prompt without text, which no task has; HFLM fails where a tokenizer names neither.
+    named = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return TreeLM(
         pretrained=model,
         tokenizer=copy.deepcopy(tokenizer),
         batch_size=1,
         softmax_dtype="float32",
+        prefix_token_id=0 if named is None else named,
     )
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
 from wdlib import TYPES, WdlibError, __version__, paths
 from wdlib.checkpoints.catalogue import catalogue_model
 from wdlib.fingerprints import record
@@ -203,8 +205,6 @@ def run_cell(
     Raises: WdlibError as `train` and `evaluate` do, for processes of one
     launcher, and for data other than that of the results which are there.
     """
-    from filelock import FileLock, Timeout
-
     _check_alone()
     work.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work / f"{cell.run.key}.lock", timeout=0)

@@ -110,13 +110,15 @@ def attach(
     """A peft LoRA adapter on a transformers model, initialised in one of INITIALISATIONS.
 
     Arguments: model, changed in place as `get_peft_model` does (frozen, layers wrapped), its
-    weights untouched; characterisation and b_scale, for the reshaped initialisations alone;
-    settings, `LoraSettings()` by default; seed, of peft's draws as well (torch's global state is
-    left as it was); batches, model inputs on the model's device, for "eva" alone.
+    weights and its mode (training or not) untouched; characterisation and b_scale, for the reshaped
+    initialisations alone; settings, `LoraSettings()` by default; seed, of peft's draws as well
+    (torch's global state is left as it was); batches, model inputs on the model's device, for "eva"
+    alone.
     Returns: the peft model, of which the adapter "default" alone is trainable, and the report.
     Raises: WdlibError, before the model is touched, for an unknown init, targets that are missing,
     no projections, joined or quantised, a rank above a matrix's dimension, a missing or unfitting
-    characterisation, and missing batches. Warns NothingToTransfer as `reshape_` does.
+    characterisation, missing batches, and "olora" on Conv1D layers. Warns NothingToTransfer as
+    `reshape_` does.
     Differs from peft: the base weights of "pissa" and "olora" stay as they are (see START), and
     "eva" keeps the rank of every matrix.
     """
@@ -136,6 +138,12 @@ def attach(
         _check_plan(plan, sites)
     if init == "eva" and batches is None:
         raise WdlibError("the initialisation 'eva' reads activations: give it batches of inputs")
+    conv1d = type(sites[0].module).__name__ == "Conv1D"
+    if init == "olora" and conv1d:
+        raise WdlibError(
+            f"peft 0.21 takes the transpose of Conv1D layers ({sites[0].name}) for 'olora': choose "
+            "another initialisation for this model"
+        )
     if init == "orthogonal" and settings.rank % 2:
         raise WdlibError(f"the initialisation 'orthogonal' needs an even rank, not {settings.rank}")
     config = LoraConfig(
@@ -144,7 +152,7 @@ def attach(
         lora_dropout=settings.dropout,
         target_modules=list(settings.targets),
         init_lora_weights=init if init in PEFT_INITIALISATIONS[1:] else True,  # type: ignore[arg-type]  # checked above
-        fan_in_fan_out=type(sites[0].module).__name__ == "Conv1D",
+        fan_in_fan_out=conv1d,
         task_type="CAUSAL_LM" if model.can_generate() else None,
         eva_config=EvaConfig(rho=EVA_RHO) if init == "eva" else None,
     )
@@ -153,6 +161,7 @@ def attach(
         for site in sites
         if init in adapters.EDIT_BASE
     }
+    training = model.training
     with torch.random.fork_rng(), adapters.expected_peft_warnings():
         torch.manual_seed(seed)
         peft_model = get_peft_model(model, config, low_cpu_mem_usage=init == "eva")
@@ -164,11 +173,11 @@ def attach(
     # Loading an adapter whose configuration says "pissa" edits the base weights once more.
     attached: Any = peft_model.peft_config[ADAPTER]
     attached.init_lora_weights, attached.eva_config = True, None
-    if plan is not None:
-        return peft_model, _fill(peft_model, plan, init)
     if init in adapters.EDIT_BASE:
         _hold_start(peft_model)
-    return peft_model, _report(peft_model, init, None, seed, {})
+    report = _fill(peft_model, plan, init) if plan else _report(peft_model, init, None, seed, {})
+    peft_model.train(training)  # peft's new modules begin in training mode
+    return peft_model, report
 
 
 def reshape_(
@@ -207,10 +216,10 @@ def reshape_(
     _check_plan(plan, [site for site, _ in adapted])
     for site, layer in adapted:
         if layer.r[ADAPTER] != config.r or layer.merged:
-            merged = ", merged" if layer.merged else ""
+            merged = " and is merged" if layer.merged else ""
             raise WdlibError(
-                f"{site.name} has rank {layer.r[ADAPTER]}{merged}: every layer must be unmerged "
-                f"and have rank {config.r}"
+                f"the adapter of {site.name} has rank {layer.r[ADAPTER]}{merged}: give a model "
+                f"whose adapters all have rank {config.r} and are not merged (`unmerge_adapter`)"
             )
     return _fill(peft_model, plan, mode)
 
@@ -357,10 +366,8 @@ def _hold_start(peft_model: "PeftModel") -> None:
 def _eva(peft_model: "PeftModel", batches: "Iterable[Mapping[str, torch.Tensor]]") -> None:
     from peft import initialize_lora_eva_weights
 
-    training = peft_model.training
     peft_model.eval()
     initialize_lora_eva_weights(peft_model, list(batches), show_progress_bar=False)
-    peft_model.train(training)
 
 
 def _report(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wdlib import WdlibError, first_line
+from wdlib import WdlibError, first_line, paths
 from wdlib.checkpoints.files import INDEX, Checkpoint, resolve, shards
 from wdlib.checkpoints.headers import gguf_header
 
@@ -173,7 +173,7 @@ def _source(checkpoint: Checkpoint) -> tuple[Path, dict[str, str]]:
             f"{folder} holds adapter_config.json, and transformers would load the adapter with the "
             "weights: give a folder without it"
         )
-    if not gguf and b'"transformers_weights"' in (folder / "config.json").read_bytes():
+    if not gguf and "transformers_weights" in _config(folder):
         raise WdlibError(
             f"config.json in {folder} names the weights for transformers to load, whatever else is "
             "there: take transformers_weights out of it"
@@ -184,6 +184,11 @@ def _source(checkpoint: Checkpoint) -> tuple[Path, dict[str, str]]:
             "model.safetensors into a folder of its own, with config.json"
         )
     return folder, gguf
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    remedy = "download it again"
+    return paths.read_json(folder / "config.json", dict, what="a configuration", remedy=remedy)
 
 
 def _read_from(folder: Path) -> set[Path]:

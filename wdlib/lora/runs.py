@@ -91,6 +91,8 @@ class Run:
             raise WdlibError(
                 f"the initialisation {self.init!r} {'needs' if reshaped else 'takes no'} reference"
             )
+        if self.reference is not None and Path(self.reference).name != self.reference:
+            raise WdlibError(f"the reference {self.reference!r} is no name of a stored model")
         if self.hyperparameters.dtype not in ("auto", "float32", "bfloat16"):
             raise WdlibError(
                 f"there is no dtype {self.hyperparameters.dtype!r}: give auto, float32 or bfloat16"

@@ -65,6 +65,8 @@ def load(path: Path) -> Evaluation:
                 name: Scores(**{part: arrays[f"{name}/{part}"] for part in parts})
                 for name in protocol.tasks
             }
+    except WdlibError as error:
+        raise WdlibError(f"{path} is not a stored evaluation ({error}): evaluate again") from error
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise WdlibError(f"{path} is not a stored evaluation: evaluate again") from error
     return Evaluation(protocol, scores, about["made"])

@@ -9,6 +9,7 @@ finished one is not repeated.
 """
 
 import json
+import logging
 import platform
 import shutil
 import sys
@@ -50,6 +51,7 @@ ADAPTER_FILE = "adapter/adapter_model.safetensors"
 """In a run's folder."""
 
 _RESULT, _START, _RUN, _WHOLE = "result.json", "start.json", "run.json", "whole"
+_log = logging.getLogger(__name__)
 
 
 def process_state() -> Any:
@@ -164,7 +166,8 @@ class _RunTokens:
     def counts(self) -> dict[str, int]:
         """How many of each there are, and how many were cut."""
         return {
-            "train": len(self.to_train),
+            "train": sum(s.counted > 0 for s in self.to_train),
+            "uncounted": sum(not s.counted for s in self.to_train),
             "held_out": len(self.held_out),
             "seen": len(self.ordered),
             "cut": sum(s.cut for s in self.ordered),
@@ -194,8 +197,16 @@ def _tokens(run: Run, rows: Sequence[Example], tokenizer: "PreTrainedTokenizerBa
         data.tokenise(part, tokenizer, max_length=h.max_length, answers_only=h.answers_only)
         for part in data.split(rows)
     )
-    plan = data.schedule(len(to_train), h.batch * h.accumulation, h.steps, run.seed)
-    ordered = [to_train[i] for step in plan for i in by_length(step, to_train)]
+    # A step without a counted token would have no loss, and no gradient to speak of.
+    learnt = [tokens for tokens in to_train if tokens.counted]
+    if not learnt or not any(tokens.counted for tokens in held_out):
+        raise WdlibError(
+            f"with max_length {h.max_length} no token of the answers is left to count in the "
+            f"{'held-out ' * bool(learnt)}examples of {run.data}: raise it, or count all tokens "
+            "(answers_only: false)"
+        )
+    plan = data.schedule(len(learnt), h.batch * h.accumulation, h.steps, run.seed)
+    ordered = [learnt[i] for step in plan for i in by_length(step, learnt)]
     return _RunTokens(to_train, held_out, ordered)
 
 
@@ -350,7 +361,7 @@ def token_counts(step: list[Tokens], batch: int) -> dict[str, int]:
     """How many tokens of a step are learnt, and how many its padded micro-batches hold."""
     parts = [step[i : i + batch] for i in range(0, len(step), batch)]
     return {
-        "tokens": sum(label != data.IGNORED for s in step for label in s.labels),
+        "tokens": sum(s.counted for s in step),
         "padded": sum(len(part) * max(len(s.ids) for s in part) for part in parts),
     }
 
@@ -377,7 +388,7 @@ def _trainer(
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
-                (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
+                _mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     class AdapterTrainer(Trainer):
         """Resumes every adapter of the model; Trainer's own way switches all but one off."""
@@ -427,13 +438,30 @@ def _trainer(
     return trainer
 
 
+def _mark_whole(checkpoint: Path) -> None:
+    """Say of a checkpoint that it is written to its end, and what its files hold."""
+    files = {p: p.relative_to(checkpoint).as_posix() for p in sorted(checkpoint.rglob("*"))}
+    held = {name: paths.file_sha256(p) for p, name in files.items() if p.is_file()}
+    paths.write_text(checkpoint / _WHOLE, json.dumps(held))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end and all of its files are as they were then."""
+    if not (checkpoint / _WHOLE).is_file():
+        return False
+    held = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8") or "{}")
+    found = {checkpoint / name: sha256 for name, sha256 in held.items()}
+    return all(p.is_file() and paths.file_sha256(p) == sha256 for p, sha256 in found.items())
+
+
 def _last_whole(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end; what was not is removed."""
+    """The last checkpoint that is whole; what is not, or is damaged, is removed."""
     whole = []
     for path in folder.glob("checkpoint-*"):
-        if (path / _WHOLE).is_file():
+        if _is_whole(path):
             whole.append(path)
         else:
+            _log.warning("%s is not whole and is removed: the run goes on before it", path)
             shutil.rmtree(path, ignore_errors=True)
     return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
 
