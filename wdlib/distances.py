@@ -106,6 +106,8 @@ def _unit_rows(matrix: np.ndarray, name: str) -> np.ndarray:
 
 
 def _checked(matrix: np.ndarray, name: str) -> np.ndarray:
+    if np.ma.is_masked(matrix):
+        raise WdlibError(f"{name} has masked entries: leave out their rows")
     rows = np.asarray(matrix, dtype=np.float64)
     if rows.ndim != 2 or 0 in rows.shape:
         raise WdlibError(f"{name} has shape {rows.shape}: expected a matrix, a vector per row")

@@ -20,8 +20,7 @@ thus never beat these three; the question is whether they beat it, and `compare`
 `xmin` is a positive number, or 0 (all positive values, on the support (0, inf), for the families
 that can be normalised there: not the two power laws), or None: the smallest positive value.
 
-Sources: Clauset, Shalizi, Newman, arXiv 0706.1062, table 2.1 and section 5; Vuong, Econometrica 57
-(1989), 307.
+Sources: Clauset et al., arXiv 0706.1062, table 2.1, section 5; Vuong, Econometrica 57 (1989), 307.
 """
 
 from collections.abc import Callable, Mapping
@@ -331,8 +330,7 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(160)
 _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
 
 
-_Parameters = dict[str, float]
-"""By name; None in place of them stands for the limit of a family."""
+_Parameters = dict[str, float]  # None in place of them stands for the limit of a family
 
 
 def _fit_power_law(tail: np.ndarray, xmin: float) -> _Parameters:
@@ -352,8 +350,9 @@ def _fit_lognormal(tail: np.ndarray, xmin: float) -> _Parameters | None:
 
 
 def _fit_normal(tail: np.ndarray, xmin: float) -> _Parameters | None:
-    found = _truncated_normal(tail - xmin)
-    return found and {"mu": xmin + found[0], "sigma": found[1]}
+    unit = 2.0 ** np.floor(np.log2(tail.max()))  # no square over- or underflows
+    found = _truncated_normal((tail - xmin) / unit)
+    return found and {"mu": xmin + unit * found[0], "sigma": unit * found[1]}
 
 
 def _truncated_normal(z: np.ndarray) -> tuple[float, float] | None:
@@ -411,7 +410,9 @@ def _fit_stretched(tail: np.ndarray, xmin: float) -> _Parameters | None:
     log_scale = largest + np.log(weights(shape)[1].mean()) / shape
     if log_scale < -600:
         return None
-    return {"shape": float(shape), "scale": float(unit * np.exp(log_scale))}
+    if not (scale := float(unit * np.exp(log_scale))) > np.finfo(float).tiny:
+        raise WdlibError(f"a scale of {unit:g} e^{log_scale:.0f}: give the data in a smaller unit")
+    return {"shape": float(shape), "scale": scale}
 
 
 def _fit_truncated(tail: np.ndarray, xmin: float) -> _Parameters | None:
@@ -497,4 +498,3 @@ _ESTIMATORS = {
 }
 
 ALTERNATIVES = tuple(_ESTIMATORS)
-"""The names of the families."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from wdlib import WdlibError
+from wdlib import WdlibError, first_line
 
 
 def vector_bootstrap(
@@ -35,7 +35,9 @@ def checked_distances(x: np.ndarray) -> np.ndarray:
 
     Raises: WdlibError for negative or non-finite values.
     """
-    x = np.asarray(x, dtype=np.float64).ravel()
+    if np.ma.isMaskedArray(x):
+        x = np.ma.compressed(x)  # masked distances are not there
+    x = _numbers(x).ravel()
     bad = np.flatnonzero(~(np.isfinite(x) & (x >= 0)))
     if bad.size:
         raise WdlibError(
@@ -54,8 +56,20 @@ def table_distances(table: np.ndarray, symmetric: bool) -> np.ndarray:
     return table[np.triu_indices(len(table), 1)] if symmetric else table.ravel()
 
 
+def _numbers(x: np.ndarray) -> np.ndarray:
+    try:
+        return np.asarray(x, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WdlibError(
+            f"a {type(x).__name__} is no array of numbers ({first_line(error)}): give one without "
+            "missing values"
+        ) from error
+
+
 def checked_table(table: np.ndarray, symmetric: bool) -> np.ndarray:
-    table = np.asarray(table, dtype=np.float64)
+    if np.ma.is_masked(table):
+        raise WdlibError("a table with masked distances: leave out their vectors")
+    table = _numbers(table)
     if table.ndim != 2 or (symmetric and table.shape[0] != table.shape[1]):
         raise WdlibError(
             f"a table of shape {table.shape}: expected all distances within one set of vectors, "
