@@ -44,3 +44,27 @@ def test_the_package_is_the_command():
     failed = subprocess.run([*command, "run", "no-such"], capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.startswith("wdlib: no single notebook is called 'no-such'")
+
+
+def test_characters_that_control_the_terminal_are_shown_as_text(capsys):
+    assert cli.main(["run", "no\x1b[2Jsuch\x07"]) == 1
+    assert "no\\x1b[2Jsuch\\x07" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_place_for_code(tmp_path):
+    """A `signal.py` or `pip.py` in a downloaded model's folder is never run."""
+    import tiny
+
+    tiny.write_llama(tmp_path / "model")
+    for name in ("signal", "socket", "pickle", "random", "pip"):
+        (tmp_path / "model" / f"{name}.py").write_text("open('ran', 'w').close()\n")
+    command = [sys.executable, "-P", "-m", "wdlib", "spectra", ".", "--rank", "4"]
+    done = subprocess.run(
+        [*command, "--workers", "2", "--out", "out.safetensors"],
+        cwd=tmp_path / "model",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model" / "out.safetensors").is_file()
+    assert not (tmp_path / "model" / "ran").exists()

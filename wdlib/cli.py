@@ -16,12 +16,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.command(options)
     except (WdlibError, OSError) as error:
         unfinished = "\r\x1b[K" if sys.stderr.isatty() else ""
-        print(f"{unfinished}wdlib: {error}", file=sys.stderr)
+        print(f"{unfinished}wdlib: {_printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("wdlib: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _printable(text: str) -> str:
+    """Text for a terminal: names of files and tensors may hold characters that control it."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def _say(text: str) -> None:
+    print(_printable(text))
 
 
 def _figures(options: argparse.Namespace) -> None:
@@ -56,7 +65,7 @@ def _fetch(options: argparse.Namespace) -> None:
     from wdlib.checkpoints.files import resolve
 
     checkpoint = resolve(options.model or DEFAULT)
-    print(f"{checkpoint.name}: {', '.join(str(path) for path in checkpoint.files)}")
+    _say(f"{checkpoint.name}: {', '.join(str(path) for path in checkpoint.files)}")
 
 
 def _models(options: argparse.Namespace) -> None:
@@ -144,14 +153,14 @@ def _fingerprint(options: argparse.Namespace) -> None:
         if options.family is not None:
             found = replace(found, family=options.family)
         seen = identify(found, record.library())
-        print("\n" * (number > 0) + report(found, seen))
+        _say("\n" * (number > 0) + report(found, seen))
         path = record.keep(found)
         kept = record.load(path)
         if kept.to_json() == found.to_json():
-            print(f"stored in {path}")
+            _say(f"stored in {path}")
         else:
             about = f"rank {kept.rank}, {kept.k} clusters, {kept.family or 'family not known'}"
-            print(f"not stored: {path} keeps {about}")
+            _say(f"not stored: {path} keeps {about}")
 
 
 def _experiments(options: argparse.Namespace) -> None:

@@ -10,14 +10,15 @@ import builtins
 import hashlib
 import json
 import time
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from subprocess import DEVNULL
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, TextIO, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TextIO, Union, get_args, get_origin
 
-from wdlib import WdlibError, paths
+from wdlib import WdlibError, first_line, paths
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -53,11 +54,35 @@ def declared_parameters(notebook: str | Path) -> dict[str, Any]:
         raise WdlibError(
             f"{Path(notebook).name} has {len(tagged)} cells tagged `parameters`: tag exactly one"
         )
-    return {
-        node.target.id: eval(ast.unparse(node.annotation), vars(builtins).copy())
-        for node in ast.parse(tagged[0].source).body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
+    name = Path(notebook).name
+    try:
+        body = ast.parse(tagged[0].source).body
+    except SyntaxError as error:
+        raise WdlibError(
+            f"the parameters cell of {name} is not plain Python (line {error.lineno}): keep magics "
+            "and commands in other cells"
+        ) from error
+    declared = {}
+    for node in body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            raise WdlibError(
+                f"the parameter {node.targets[0].id!r} of {name} has no type: write it as "
+                "`rank: int = 16`"
+            )
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            declared[node.target.id] = _type(ast.unparse(node.annotation), node.target.id, name)
+    return declared
+
+
+def _type(annotation: str, parameter: str, notebook: str) -> Any:
+    """The type that an annotation names, of the built-in ones and those of `typing`."""
+    try:
+        return eval(annotation, {**vars(typing), **vars(builtins)})
+    except Exception as error:  # whatever a stranger's annotation does
+        raise WdlibError(
+            f"the type {annotation} of the parameter {parameter!r} of {notebook} is not known here "
+            f"({first_line(error)}): use str, int, float, bool, None, or a list or choice of these"
+        ) from error
 
 
 def parameters_from_text(notebook: str | Path, texts: Mapping[str, str]) -> dict[str, Any]:
@@ -283,6 +308,10 @@ def _fits(value: Any, annotation: Any) -> bool:
     origin = get_origin(annotation)
     if annotation is None or annotation is NoneType:
         return value is None
+    if origin is Literal:
+        return any(
+            value == option and type(value) is type(option) for option in get_args(annotation)
+        )
     if origin in (Union, UnionType):
         return any(_fits(value, option) for option in get_args(annotation))
     if origin is list:
