@@ -5,6 +5,7 @@ beside the package. Two environment variables move what is written: `WDLIB_CACHE
 intermediate results, `WDLIB_FIGURES` the figures.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -60,6 +61,17 @@ def write_text(path: str | Path, text: str) -> Path:
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
     return path
+
+
+def json_lines(path: Path) -> list[Any]:
+    """What the lines of a JSON-lines file hold, gzipped or not; empty lines hold nothing.
+
+    Not by `splitlines`: a text may hold other separators, such as U+2028.
+    Raises: what `open` and `json.loads` raise.
+    """
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8-sig") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
 
 
 def read_json(path: str | Path, parse: Callable[[Any], _T], *, what: str, remedy: str) -> _T:

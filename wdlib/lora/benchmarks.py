@@ -2,10 +2,8 @@
 
 import contextlib
 import csv
-import gzip
 import io
 import itertools
-import json
 import logging
 import random
 import zipfile
@@ -17,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from wdlib import WdlibError
+from wdlib import WdlibError, paths
 
 GPQA_PASSWORD = b"deserted-untie-orchid"
 """Published by GPQA's authors: the archive is locked against crawlers, not against readers."""
@@ -39,12 +37,6 @@ class _Source:
     reorder: bool = False
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
-
-
 def _locked_table(path: Path) -> list[dict[str, Any]]:
     """The rows of the csv file in an encrypted zip file, which stay in memory."""
     with zipfile.ZipFile(path) as archive:
@@ -62,12 +54,12 @@ _SOURCES = {
         reorder=True,
     ),
     "arc_challenge": _Source(
-        "arc", "arc_challenge_test.jsonl", _lines, ("question", "choices", "answerKey")
+        "arc", "arc_challenge_test.jsonl", paths.json_lines, ("question", "choices", "answerKey")
     ),
     "hellaswag": _Source(
         "hellaswag",
         "hellaswag_validation.jsonl.gz",
-        _lines,
+        paths.json_lines,
         ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
     ),
 }

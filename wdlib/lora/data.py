@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wdlib import WdlibError, first_line
+from wdlib import WdlibError, first_line, paths
 
 if TYPE_CHECKING:
     import torch
@@ -99,9 +99,7 @@ def examples(name: str, *, folder: str | Path | None = None) -> tuple[Example, .
 
 def _local_rows(path: Path) -> list[dict]:
     try:
-        # Not `splitlines`: a text may hold other separators, such as U+2028.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-        return [json.loads(line) for line in lines if line.strip()]
+        return paths.json_lines(path)
     except (OSError, ValueError) as error:
         raise WdlibError(
             f"{path} cannot be read ({error}): name the folder that holds it, or none to read the "
