@@ -79,7 +79,7 @@ def compute(
         )
     _check_rank(checkpoint.name, [part.entry for part in chosen], rank)
     check_device(job.device)
-    parts = _shard(chosen, job)
+    parts, config = _shard(chosen, job), files.config_hash(checkpoint)
     with ThreadPoolExecutor(1) as pool:
         content = pool.submit(files.content_hash, checkpoint)
         kept = Journal(journal, f"{files.listing_key(checkpoint)} {job} wdlib {__version__}")
@@ -89,7 +89,7 @@ def compute(
         "source": checkpoint.source,
         "revision": checkpoint.revision,
         "sha256": content.result(),
-        "config sha256": files.config_hash(checkpoint),
+        "config sha256": config,
         "quantisation": ", ".join(sorted({p.entry.dtype for p in chosen})),
         "note": checkpoint.note,
         "methods": _counted(Counter(f.method for _, f in found)),
