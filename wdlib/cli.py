@@ -84,12 +84,12 @@ def _models(options: argparse.Namespace) -> None:
 def _spectra(options: argparse.Namespace) -> None:
     from contextlib import nullcontext
 
-    from wdlib.spectra import jobs, store
+    from wdlib.spectra import jobs, store, workers
 
     chosen = {"types": options.types, "layers": options.layers, "shard": options.shard}
     chosen |= {"device": options.device, "progress": True}
     store.check_file(options.out)
-    with jobs.processes(options.workers) if options.workers > 1 else nullcontext() as executor:
+    with workers.processes(options.workers) if options.workers > 1 else nullcontext() as executor:
         jobs.compute_to(options.out, options.model, options.rank, executor=executor, **chosen)
 
 

@@ -1,47 +1,17 @@
 """Singular values: right against LAPACK, and never further off than they say."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-import tiny
 from tiny import assert_proven, gaussian, planted
+from tiny_matrices import SPECTRA, STRUCTURED, M, N
 
 from wdlib import TYPES, WdlibError
 from wdlib.checkpoints import catalogue, files, stream
-from wdlib.spectra import jobs, kernel
+from wdlib.spectra import arrays, kernel
+from wdlib.spectra.arrays import NUMPY, Numpy
 from wdlib.spectra.kernel import top_singular_values
 
-N, M = 333, 501  # above DENSE_DIMENSION, and no multiple of the block size
-
-
 # Accuracy ------------------------------------------------------------------------------------
-
-
-i = np.arange(1, N + 1)
-falling = np.linspace(0.9, 0.1, N)
-SPECTRA = {
-    "geometric 0.8": 0.8**i,
-    "geometric 0.3": 0.3**i,
-    "geometric 0.99": 0.99**i,
-    "power 0.3": i**-0.3,
-    "power 1": 1.0 / i,
-    "power 3": i**-3.0,
-    "uniform": np.linspace(1, 0, N),
-    "nearly constant": np.linspace(1, 1 - 1e-6, N),
-    "equal at the cut": np.r_[np.linspace(2, 1.2, 15), 1, 1, falling[17:]],
-    "top 20 equal": np.r_[np.ones(20), falling[20:]],
-    "top 20 nearly equal": np.r_[1 + 1e-9 * np.arange(20), falling[20:]],
-    "all in eights": np.repeat(np.linspace(1, 0.1, 42), 8)[:N],
-    "outlier 30": np.r_[30, falling[1:]],
-    "outlier 1e3": np.r_[1e3, falling[1:]],
-    "outlier 1e6": np.r_[1e6, falling[1:]],
-    "outlier 1e9": np.r_[1e9, falling[1:]],
-    "three outliers": np.r_[1e7, 1e4, 1e2, falling[3:]],
-    "step": np.r_[np.linspace(2, 1, 20), np.full(N - 20, 1e-5)],
-    **{f"rank {k}": np.linspace(2, 1, k) for k in (1, 3, 4, 10, 15, 16, 17)},
-}
 
 
 @pytest.mark.parametrize("name", SPECTRA)
@@ -52,28 +22,6 @@ def test_planted_spectra(name: str, dtype: type) -> None:
     for r in (1, 5, 16, N // 12, N // 12 + 1):
         assert_proven(W, top_singular_values(W, r), exact)
         assert_proven(W.T, top_singular_values(W.T, r), exact)
-
-
-def block_diagonal(block: np.ndarray, times: int) -> np.ndarray:
-    return np.kron(np.eye(times), block)
-
-
-INTEGERS = np.random.default_rng(3).integers(-3, 4, (N, 10))
-STRUCTURED = {
-    "zeros": np.zeros((N, M)),
-    "one entry": np.pad([[7.0]], ((3, N - 4), (5, M - 6))),
-    "ones": np.ones((N, M)),
-    "identity": np.eye(N, M),
-    "permutation with signs": np.eye(N)[np.random.default_rng(4).permutation(N)] * (-1) ** i,
-    "repeated block": block_diagonal(gaussian(45, 60), 8),
-    "repeated flat block": block_diagonal(np.linalg.qr(gaussian(45, 45))[0], 8),
-    "exact rank 10": INTEGERS @ np.random.default_rng(5).integers(-3, 4, (10, M)),
-    "two-valued diagonal": np.diag(np.r_[np.full(12, 2.0), np.ones(N - 12)]),
-    "outlier row": gaussian(N, M) * np.r_[100, np.ones(N - 1)][:, None],
-    "outlier column": gaussian(N, M) * np.r_[100, np.ones(M - 1)],
-    "hilbert": 1 / (np.arange(N)[:, None] + np.arange(M) + 1.0),
-    "zero rows": gaussian(N, M) * (i % 3 == 0)[:, None],
-}
 
 
 @pytest.mark.parametrize("name", STRUCTURED)
@@ -103,7 +51,7 @@ def test_every_rank_around_the_thresholds(n: int) -> None:
 
 
 def test_which_method_answers() -> None:
-    n = kernel.DENSE_DIMENSION
+    n = NUMPY.dense_dimension
     assert top_singular_values(gaussian(n, n), 1).method == "gram-float64"
     assert top_singular_values(gaussian(n + 1, n + 1), 1).method == "gram-lanczos"
     falling = planted(n + 4, n + 4, np.arange(1, n + 5) ** -0.3)
@@ -224,7 +172,7 @@ def test_random_sweep() -> None:
 
 
 def test_the_float64_product_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "PRODUCT_BYTES", 8 * N * 40)
+    monkeypatch.setattr(Numpy, "product_bytes", 8 * N * 40)
     W = gaussian(N, M)
     for V in (W, np.asfortranarray(W), W.T, W.astype(np.float64), W.astype(np.float16)):
         result = top_singular_values(V, 200)
@@ -237,16 +185,16 @@ def test_building_blocks() -> None:
     exact = W.astype(np.float64) @ W.T.astype(np.float64)
     for V in (W, np.asfortranarray(W), np.repeat(W, 2, axis=1)[:, ::2]):
         for dtype, tolerance in ((np.float32, 1e-4), (np.float64, 1e-11)):
-            G = kernel.gram(V.astype(dtype, order="K"))
+            G = arrays.syrk(V.astype(dtype, order="K"))
             assert G.dtype == dtype
             np.testing.assert_allclose(np.tril(G), np.tril(exact), atol=tolerance)
-            full = kernel._mirror(G, block=16)
+            full = arrays.mirror(G, block=16)
             np.testing.assert_allclose(full, exact, atol=tolerance)
             assert full.flags.c_contiguous
     X = np.random.default_rng(0).standard_normal((700, 3))
     tall = gaussian(700, 900)
     for V in (tall, np.asfortranarray(tall)):
-        down, around = kernel._gram_apply(V, X)
+        down, around = kernel._gram_apply(NUMPY, V, X)
         np.testing.assert_allclose(down, V.T.astype(np.float64) @ X, atol=1e-10)
         np.testing.assert_allclose(around, V.astype(np.float64) @ down, atol=1e-9)
 
@@ -274,45 +222,3 @@ def test_rank_out_of_range_is_refused_by_name(shape: tuple[int, int], r: int) ->
 def test_what_is_no_matrix_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(WdlibError, match="tensor x of shape"):
         top_singular_values(np.ones(shape), 1, name="tensor x")
-
-
-# Devices -------------------------------------------------------------------------------------
-
-
-def test_the_product_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    W = gaussian(N, M)
-    W.flags.writeable = False
-    for V in (W, np.asfortranarray(W)):
-        G = kernel._mirror(kernel._product_on("cpu", V))
-        np.testing.assert_allclose(G, V.astype(np.float64) @ V.T, atol=1e-3)
-        np.testing.assert_array_equal(G, G.T)
-    monkeypatch.setattr(kernel, "check_device", lambda device: None)
-    product = kernel._product_on
-    monkeypatch.setattr(kernel, "_product_on", lambda device, W: product("cpu", W))
-    result = top_singular_values(W, 16, device="cuda")
-    assert result.method == "gram-lanczos"
-    assert_proven(W, result)
-    monkeypatch.setattr(kernel, "_product_on", lambda device, W: product("cpu", W) * 1.001)
-    assert_proven(
-        W, top_singular_values(W, 16, device="mps")
-    )  # a wrong device cannot break the bound
-
-
-def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import torch
-
-    folder = tiny.write_llama(tmp_path / "toy")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for device, message in [
-        ("cuda", "no cuda device on this machine: choose cpu"),
-        ("mps", "no mps device"),
-        ("gpu", "no device 'gpu': choose one of cpu, cuda, mps"),
-    ]:
-        with pytest.raises(WdlibError, match=message):
-            top_singular_values(gaussian(5, 6), 2, device=device)
-        with pytest.raises(WdlibError, match=message):
-            jobs.compute(folder, 2, device=device)
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(WdlibError, match=r"cuda needs torch.* wdlib\[lora\]"):
-        kernel.check_device("cuda")

@@ -217,9 +217,9 @@ def test_processes_give_the_same_bits(tmp_path: Path) -> None:
 def test_workers_end_with_a_parent_that_was_killed() -> None:
     program = """
 import os, time
-from wdlib.spectra import jobs
+from wdlib.spectra import workers
 if __name__ == "__main__":
-    with jobs.processes(2) as pool:
+    with workers.processes(2) as pool:
         print(*pool.map(os.path.basename, "ab"), flush=True)
         time.sleep(60)
 """

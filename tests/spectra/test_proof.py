@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from tiny import assert_proven, gaussian, planted
 
-from wdlib.spectra import kernel
+from wdlib.spectra import arrays, kernel
+from wdlib.spectra.arrays import NUMPY, Numpy
 from wdlib.spectra.kernel import top_singular_values
 
-N, M = 333, 501  # above DENSE_DIMENSION, and no multiple of the block size
+N, M = 333, 501  # above dense_dimension, and no multiple of the block size
 FALLING = 1.0 / np.arange(1, N + 1)
 
 
@@ -30,8 +31,8 @@ def test_a_missed_value_is_noticed(kind: str, which: int, monkeypatch: pytest.Mo
     W = gaussian(N, M) if kind == "flat" else planted(N, M, FALLING).astype(np.float32)
     krylov, spaces = kernel._block_lanczos, []
 
-    def blind(G: np.ndarray, r: int) -> tuple[np.ndarray, float]:
-        spaces.append(krylov(missing(G, which), r))
+    def blind(xp: Numpy, G: np.ndarray, r: int) -> tuple[np.ndarray, float]:
+        spaces.append(krylov(xp, missing(G, which), r))
         return spaces[-1]
 
     monkeypatch.setattr(kernel, "_block_lanczos", blind)
@@ -50,8 +51,8 @@ def test_a_start_that_cannot_see_the_largest_is_noticed(monkeypatch: pytest.Monk
     W[0, 0] = 5
     krylov, spaces = kernel._block_lanczos, []
 
-    def structured(G: np.ndarray, r: int) -> tuple[np.ndarray, float]:
-        V, after = krylov(np.ascontiguousarray(G[1:, 1:]), r)
+    def structured(xp: Numpy, G: np.ndarray, r: int) -> tuple[np.ndarray, float]:
+        V, after = krylov(xp, np.ascontiguousarray(G[1:, 1:]), r)
         spaces.append(np.vstack([np.zeros((1, V.shape[1]), V.dtype), V]))
         return spaces[-1], after
 
@@ -65,7 +66,7 @@ def test_values_that_are_repeated_beyond_the_block_are_missed_and_noticed() -> N
     result = top_singular_values(W, 16)
     assert result.method == "gram-float64"
     assert_proven(W, result)
-    V, _ = kernel._block_lanczos(kernel._mirror(kernel.gram(W)), 16)
+    V, _ = kernel._block_lanczos(NUMPY, NUMPY.gram(W), 16)
     assert seen_in(V, W, 16)[-1] < 0.95
 
 
@@ -94,7 +95,7 @@ SABOTAGE = {
 
 @pytest.mark.parametrize("name", SABOTAGE)
 def test_a_wrong_product_cannot_break_the_bound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    syrk, used = kernel.gram, []
+    syrk, used = arrays.syrk, []
 
     def wrong(W: np.ndarray) -> np.ndarray:
         G = syrk(W)
@@ -103,7 +104,7 @@ def test_a_wrong_product_cannot_break_the_bound(name: str, monkeypatch: pytest.M
         used.append(W.shape)
         return np.asfortranarray(SABOTAGE[name](G))
 
-    monkeypatch.setattr(kernel, "gram", wrong)
+    monkeypatch.setattr(arrays, "syrk", wrong)
     for W in (gaussian(N, M), planted(N, M, FALLING).astype(np.float32)):
         for r in (1, 16):
             assert_proven(W, top_singular_values(W, r))
@@ -115,13 +116,13 @@ def test_a_wrong_factor_cannot_break_the_bound(
     factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Cholesky factor that is off, over a product in which the largest value is missing."""
-    spotrf = kernel.lapack.spotrf
+    spotrf = arrays.lapack.spotrf
 
     def wrong(a: np.ndarray, **options: int) -> tuple[np.ndarray, int]:
         L, info = spotrf(a, **options)
-        return (L * np.float32(factor) if len(L) > kernel.BLOCK else L), info
+        return (L * np.float32(factor) if len(L) > NUMPY.block else L), info
 
-    monkeypatch.setattr(kernel.lapack, "spotrf", wrong)
+    monkeypatch.setattr(arrays.lapack, "spotrf", wrong)
     W = gaussian(N, M)
     result = top_singular_values(W, 16)
     assert result.method == "gram-float64"
@@ -143,10 +144,12 @@ def test_the_certificate_covers_what_the_product_hides() -> None:
         X = rng.standard_normal((n, kernel.PROBES))
         truth = A + 3 * hidden
         G = A.astype(np.float32)
-        rest = kernel._proven_rest(G, V, theta, tau, (X, truth @ X))
+        rest = kernel._proven_rest(NUMPY, G, V, theta, tau, (X, truth @ X))
         inside = vectors[:, :-4]
         assert rest >= np.linalg.eigvalsh(inside.T @ truth @ inside)[-1]
-        assert np.isnan(kernel._proven_rest(truth.astype(np.float32), V, theta, tau, (X, A @ X)))
+        assert np.isnan(
+            kernel._proven_rest(NUMPY, truth.astype(np.float32), V, theta, tau, (X, A @ X))
+        )
 
 
 def test_the_bound_on_squared_values_is_that_of_two_by_two(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +159,7 @@ def test_the_bound_on_squared_values_is_that_of_two_by_two(monkeypatch: pytest.M
     V = np.zeros((N, 1))
     V[0], V[1] = np.cos(phi), np.sin(phi)
     after = float(squares[0] * np.sin(phi) ** 2 + squares[1] * np.cos(phi) ** 2)
-    monkeypatch.setattr(kernel, "_block_lanczos", lambda G, r: (V, after))
+    monkeypatch.setattr(kernel, "_block_lanczos", lambda *_: (V, after))
     monkeypatch.setattr(kernel, "_proven_rest", lambda *_: after)
     result = top_singular_values(np.diag(np.sqrt(squares)), 1)
     assert result.method == "gram-lanczos"

@@ -9,10 +9,16 @@ import numpy as np
 from wdlib import WdlibError
 from wdlib.checkpoints.hub import RemoteFile
 
-_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+BFLOAT16 = np.dtype([("bfloat16", "<u2")])
+"""Numpy has no bfloat16: its bits, under that name."""
 
-EXACT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of a value, for the data types that are read exactly."""
+STORED = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": BFLOAT16,
+}
+"""Types of the values that are stored as they are, for the data types that are read exactly."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +54,19 @@ def read_rows(tensor: Tensor, first: int, count: int) -> np.ndarray:
     return raw
 
 
+def widen(values: np.ndarray) -> np.ndarray:
+    """BFLOAT16 -> float32, of the same shape; other types stay what they are."""
+    if values.dtype != BFLOAT16:
+        return values
+    wide = values.view("<u2").astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
 def decode(raw: np.ndarray, dtype: str) -> np.ndarray:
     """Bytes (rows, bytes per row) -> float32 (rows, columns); float64 stays what it is."""
-    if dtype == "BF16":
-        wide = raw.view("<u2").astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
-    if dtype in _FLOATS:
-        values = raw.view(_FLOATS[dtype])
+    if dtype in STORED:
+        values = widen(raw.view(STORED[dtype]))
         return values if dtype == "F64" else values.astype(np.float32, copy=False)
     from gguf import GGMLQuantizationType, quants
 
@@ -63,7 +74,7 @@ def decode(raw: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def check_readable(tensor: Tensor) -> None:
-    if tensor.dtype in EXACT:
+    if tensor.dtype in STORED:
         return
     remedy = "use the unquantised checkpoint or a GGUF file of the model"
     if tensor.file.suffix == ".gguf":

@@ -12,7 +12,7 @@ from typing import Any
 
 from wdlib import WdlibError
 from wdlib.checkpoints.files import Checkpoint, config_file
-from wdlib.checkpoints.formats import EXACT, Tensor
+from wdlib.checkpoints.formats import STORED, Tensor
 from wdlib.checkpoints.hub import RemoteFile
 
 HEADER_BYTES = 100_000_000
@@ -107,8 +107,8 @@ def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
             f"The header of {path} is corrupt ({error!r}): download it again."
         ) from error
     for tensor in table.values():
-        value = EXACT.get(tensor.dtype)
-        _check_extent(tensor, size, value and value * math.prod(tensor.shape))
+        value = STORED.get(tensor.dtype)
+        _check_extent(tensor, size, value and value.itemsize * math.prod(tensor.shape))
     _check_order(list(table.values()), 8 + length, size, alignment=1)
     return table
 

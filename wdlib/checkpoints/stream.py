@@ -16,7 +16,7 @@ import numpy as np
 
 from wdlib import WdlibError
 from wdlib.checkpoints.files import Checkpoint
-from wdlib.checkpoints.formats import decode, read_rows
+from wdlib.checkpoints.formats import STORED, decode, read_rows
 from wdlib.checkpoints.plan import Part, projection_parts
 
 
@@ -48,9 +48,16 @@ def projections(
     return read_all(projection_parts(model, layers=layers, types=types))
 
 
-def read(part: Part) -> Projection:
-    """One matrix of a plan, from where it is stored. Raises WdlibError as `projections` does."""
-    return _projection(part, read_rows(part.tensor, *part.rows))
+def read(part: Part, *, decoded: bool = True) -> Projection:
+    """One matrix of a plan, from where it is stored. Raises WdlibError as `projections` does.
+
+    decoded: False leaves a matrix of 16-bit floats in them (`formats.BFLOAT16`), unchecked.
+    """
+    raw = read_rows(part.tensor, *part.rows)
+    if decoded or part.tensor.dtype not in STORED:
+        return _projection(part, raw)
+    entry, matrix = part.entry, _laid_out(part, raw.view(STORED[part.tensor.dtype]))
+    return Projection(entry.layer, entry.type, entry.name, matrix, entry.expert)
 
 
 def read_all(parts: Sequence[Part]) -> Iterator[Projection]:
@@ -101,8 +108,19 @@ def _projection(part: Part, raw: np.ndarray) -> Projection:
 
 def _matrix(part: Part, raw: np.ndarray) -> np.ndarray:
     """One matrix from the bytes of its rows: (d_out, d_in), C order."""
-    entry, tensor = part.entry, part.tensor
-    matrix = decode(raw, tensor.dtype)
+    tensor = part.tensor
+    matrix = _laid_out(part, decode(raw, tensor.dtype))
+    if not np.isfinite(matrix).all():
+        raise WdlibError(
+            f"The tensor {tensor.name} of {tensor.file.name} holds NaN or infinity: the file is "
+            "damaged, or the training diverged; take another copy or checkpoint."
+        )
+    return matrix
+
+
+def _laid_out(part: Part, matrix: np.ndarray) -> np.ndarray:
+    """The matrix that a part is of its tensor's rows, whatever the type of their values."""
+    entry = part.entry
     if part.layout == "conv1d":
         matrix = np.ascontiguousarray(matrix[:, part.start : part.start + part.size].T)
     elif part.layout == "heads":
@@ -111,9 +129,4 @@ def _matrix(part: Part, raw: np.ndarray) -> np.ndarray:
     elif part.layout == "rope":
         matrix = matrix.reshape(part.heads, -1, 2, entry.shape[1])
         matrix = matrix.swapaxes(1, 2).reshape(entry.shape)
-    if not np.isfinite(matrix).all():
-        raise WdlibError(
-            f"The tensor {tensor.name} of {tensor.file.name} holds NaN or infinity: the file is "
-            "damaged, or the training diverged; take another copy or checkpoint."
-        )
     return matrix

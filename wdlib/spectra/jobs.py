@@ -1,37 +1,28 @@
 """One model -> the largest singular values of all its matrices."""
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import (
-    BrokenExecutor,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    as_completed,
-)
-from contextlib import contextmanager
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from wdlib import TYPES, WdlibError, __version__
 from wdlib.checkpoints import files, stream
 from wdlib.checkpoints.plan import Entry, Part, inventory, place_order, projection_parts
 from wdlib.spectra import store
+from wdlib.spectra.arrays import check_device, one_thread
 from wdlib.spectra.journal import Journal
-from wdlib.spectra.kernel import SingularValues, check_device, top_singular_values
+from wdlib.spectra.kernel import SingularValues, top_singular_values
 from wdlib.spectra.store import Spectra, check_file, is_stored, journal_path
+from wdlib.spectra.workers import streams
 
 
 @dataclass(frozen=True)
@@ -64,6 +55,7 @@ def compute(
     journal: where finished matrices are kept; a call that finds those of an interrupted one there
     goes on after them, and gives what that one would have given, bit for bit. executor: computes
     the matrices, each read where it is computed, so that none is sent; the numbers are the same.
+    None is one matrix after the other on the CPU, and `workers.streams` on a device.
     progress: show a bar of the bytes done, as stored. options: fields of `Job`, `rank` apart.
 
     Raises WdlibError before any work if `rank` exceeds the smallest dimension of a matrix in use
@@ -80,10 +72,11 @@ def compute(
     _check_rank(checkpoint.name, [part.entry for part in chosen], rank)
     check_device(job.device)
     parts, config = _shard(chosen, job), files.config_hash(checkpoint)
-    with ThreadPoolExecutor(1) as pool:
+    own = streams(job.device) if executor is None and job.device != "cpu" else nullcontext(executor)
+    with ThreadPoolExecutor(1) as pool, own as among:
         content = pool.submit(files.content_hash, checkpoint)
         kept = Journal(journal, f"{files.listing_key(checkpoint)} {job} wdlib {__version__}")
-        found = _all(parts, job, kept, executor, tqdm(disable=not progress, **_bar(parts, kept)))
+        found = _all(parts, job, kept, among, tqdm(disable=not progress, **_bar(parts, kept)))
     made = _assembled(checkpoint.name, ((p.entry.place, p.entry.shape, f) for p, f in found))
     provenance = {
         "source": checkpoint.source,
@@ -137,26 +130,6 @@ def _alone(journal: Path) -> Iterator[None]:
             f"another job is writing {journal.name.removesuffix('.unfinished')}: wait for it, or "
             "name another file."
         ) from None
-
-
-def processes(number: int) -> ProcessPoolExecutor:
-    """An executor for `compute`: so many processes, which end with this one however it ends.
-
-    They import nothing from the current folder, which may be that of somebody's model.
-    """
-    os.environ["PYTHONSAFEPATH"] = "1"  # for children of this process: they start at first use
-    return ProcessPoolExecutor(number, get_context("spawn"), initializer=_end_with_parent)
-
-
-def _end_with_parent() -> None:
-    """In a worker: end when its parent has, which a killed parent cannot see to."""
-
-    def watch() -> None:
-        if parent := parent_process():
-            parent.join()
-            os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
 
 
 def merge(shards: Sequence[Spectra]) -> Spectra:
@@ -229,8 +202,7 @@ def collect(projections: Iterable[stream.Projection], rank: int, *, model: str =
     Returns: spectra of that name, rows in the stream's order, without provenance.
     Raises WdlibError as `top_singular_values` does, naming the tensor.
     """
-    with threadpool_limits(1, "blas"):
-        return _assembled(model, map(partial(_of_projection, Job(rank)), projections))
+    return _assembled(model, map(partial(_of_projection, Job(rank)), projections))
 
 
 def _assembled(model: str, found: Iterable[_Row]) -> Spectra:
@@ -270,7 +242,7 @@ def _all(
     """Every part with its singular values: those in the journal as they are, the rest computed."""
     missing = [p for p in parts if p.entry.place not in kept.found]
     results = _as_finished(missing, job, executor) if executor else _in_order(missing, job)
-    with threadpool_limits(1, "blas"), bar:
+    with one_thread(), bar:
         for part, result in results:
             kept.add(part, result)
             bar.set_postfix_str(f"{len(kept.found)} of {len(parts)} matrices", refresh=False)
@@ -312,8 +284,7 @@ def _of_projection(job: Job, p: stream.Projection) -> _Row:
 
 def _of_part(job: Job, part: Part) -> SingularValues:
     """The singular values of one matrix, read and computed in a worker."""
-    with threadpool_limits(1, "blas"):
-        return _of_projection(job, stream.read(part))[2]
+    return _of_projection(job, stream.read(part, decoded=job.device == "cpu"))[2]
 
 
 def _bar(parts: list[Part], kept: "Journal") -> dict[str, Any]:
