@@ -82,15 +82,11 @@ def _models(options: argparse.Namespace) -> None:
 
 
 def _spectra(options: argparse.Namespace) -> None:
-    from contextlib import nullcontext
-
-    from wdlib.spectra import jobs, store, workers
+    from wdlib.spectra import jobs
 
     chosen = {"types": options.types, "layers": options.layers, "shard": options.shard}
-    chosen |= {"device": options.device, "progress": True}
-    store.check_file(options.out)
-    with workers.processes(options.workers) if options.workers > 1 else nullcontext() as executor:
-        jobs.compute_to(options.out, options.model, options.rank, executor=executor, **chosen)
+    chosen |= {"device": options.device, "workers": options.workers, "progress": True}
+    jobs.compute_to(options.out, options.model, options.rank, **chosen)
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -219,8 +215,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--types", type=_types, default=TYPES, metavar="q,k", help="default: all")
     dealt = "the I-th of N equal jobs; then `wdlib merge`"
     add("--shard", type=_shard, default=(1, 1), metavar="I/N", help=dealt)
-    add("--workers", type=_positive, default=1, metavar="N", help="processes")
-    add("--device", default="cpu", help="cpu, cuda or mps, for the product")
+    number = "processes, default: one per core, as far as memory and work go"
+    add("--workers", type=_positive, metavar="N", help=number)
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ... or mps")
 
     add = command("merge", _merge, "join the spectra of all shards of a model")
     add("shards", metavar="FILE", nargs="+", type=Path)

@@ -7,8 +7,10 @@ Nothing here opens the weights, and code that comes with a model is never run.
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +99,10 @@ def content_hash(checkpoint: Checkpoint) -> str:
         return checkpoint.sha256
     if len(checkpoint.files) == 1:
         return _sha256(checkpoint.files[0])
-    lines = sorted(f"{path.name} {_sha256(path)}\n" for path in checkpoint.files)
+    with ThreadPoolExecutor(min(len(checkpoint.files), os.cpu_count() or 1)) as pool:
+        hashes = list(pool.map(_sha256, checkpoint.files))
+    names = [path.name for path in checkpoint.files]
+    lines = sorted(f"{name} {found}\n" for name, found in zip(names, hashes, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,13 +13,16 @@ from wdlib.checkpoints.hub import RemoteFile
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 """Numpy has no bfloat16: its bits, under that name."""
 
-STORED = {
+STORED: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": BFLOAT16,
 }
 """Types of the values that are stored as they are, for the data types that are read exactly."""
+
+_PIECE = 2**16
+"""Values that gguf decodes at a time: what it makes on the way then stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,16 @@ def decode(raw: np.ndarray, dtype: str) -> np.ndarray:
     if dtype in STORED:
         values = widen(raw.view(STORED[dtype]))
         return values if dtype == "F64" else values.astype(np.float32, copy=False)
-    from gguf import GGMLQuantizationType, quants
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-    return quants.dequantize(raw, GGMLQuantizationType[dtype])
+    kind = GGMLQuantizationType[dtype]
+    block, size = GGML_QUANT_SIZES[kind]
+    matrix = np.empty((len(raw), raw.shape[1] // size * block), np.float32)
+    step = max(1, _PIECE // matrix.shape[1])
+    for i in range(0, len(raw), step):  # as one row: gguf would take 16 at a time, however short
+        piece = quants.dequantize(raw[i : i + step].reshape(1, -1), kind)
+        matrix[i : i + step] = piece.reshape(-1, matrix.shape[1])
+    return matrix
 
 
 def check_readable(tensor: Tensor) -> None:

@@ -20,6 +20,13 @@ from wdlib.checkpoints.formats import BFLOAT16, widen
 DEVICES = ("cpu", "cuda", "mps")
 """Where singular values can be computed: "cpu" is numpy's BLAS and LAPACK, the others torch's."""
 
+SUMMANDS = 1024
+"""Columns per piece of a device's float32 product: rounding grows with the length of a sum."""
+
+_FAST_DOUBLE = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+"""CUDA's compute capabilities whose float64 is half as fast as float32: P100, V100, A100, H100,
+B200. Elsewhere it is a 32nd or less."""
+
 Array = Any
 """An array of either backend: `numpy.ndarray` or `torch.Tensor`."""
 
@@ -29,6 +36,9 @@ class Numpy:
 
     exact = True
     """Whether there is float64. Where not, what is proven in float64 is made by `Numpy`."""
+
+    single_product = True
+    """Whether W W^T is made in float32, which costs less, or in float64, which proves more."""
 
     block = 4
     """Vectors per Lanczos step. A value that is repeated more often than this needs a dense
@@ -83,9 +93,13 @@ class Numpy:
         """The Frobenius norm."""
         return float(np.linalg.norm(x.ravel(order="K")))
 
+    def single(self, x: np.ndarray) -> np.ndarray:
+        """In float32, not copied if it is already."""
+        return x.astype(np.float32, copy=False)
+
     def gram(self, W: np.ndarray) -> np.ndarray:
-        """Float32 W W^T, symmetric, in row-major order."""
-        return mirror(syrk(W.astype(np.float32, copy=False)))
+        """Float32 W W^T, symmetric, in row-major order. A device may have it in float64."""
+        return mirror(syrk(self.single(W)))
 
     def gram_double(self, W: np.ndarray, add: np.ndarray | None = None) -> np.ndarray:
         """Float64 W W^T + add, of which the lower triangle counts. `add` is overwritten."""
@@ -117,7 +131,7 @@ class Numpy:
         return blas.strsm(1.0, C, X.T, side=1, lower=1, trans_a=1).T, C
 
     def deflated_factor(self, G: np.ndarray, S: np.ndarray, tau: float) -> np.ndarray | None:
-        """L L^T = tau I - G + S S^T in float32, None if there is none. G is overwritten."""
+        """L L^T = tau I - G + S S^T in G's type, None if there is none. G is overwritten."""
         S = np.asfortranarray(S, dtype=np.float32)
         M = blas.ssyrk(1.0, S, beta=-1.0, c=G.T, lower=1, overwrite_c=1)
         M[np.diag_indices(len(G))] += np.float32(tau)
@@ -128,12 +142,11 @@ class Numpy:
 class Torch:
     """Arrays on a device, by torch. The same methods as `Numpy`, which describes them."""
 
-    block = 8
-    dense_dimension = 320
-    dense_fraction = 12
+    block = 16
+    dense_dimension = 1024
+    dense_fraction = 16
     first_check = 128
-    chunk_bytes = 2**28
-    product_bytes = 2**30
+    chunk_bytes = product_bytes = 2**27
 
     def __init__(self, device: str) -> None:
         """device: as torch names it. Raises WdlibError where this machine has none such."""
@@ -142,6 +155,10 @@ class Torch:
 
         self.torch, self.device = torch, torch.device(device)
         self.exact = self.device.type != "mps"
+        self.single_product = not (
+            self.device.type == "cuda"
+            and torch.cuda.get_device_capability(self.device) in _FAST_DOUBLE
+        )
 
     def take(self, x: Array) -> Array:
         """As Numpy's, in the type that it has; float64 is rounded where there is none."""
@@ -177,18 +194,25 @@ class Torch:
     def frobenius(self, x: Array) -> float:
         return float(self.torch.linalg.vector_norm(x, dtype=self.torch.float64))
 
+    def single(self, x: Array) -> Array:
+        return x.float()
+
     def gram(self, W: Array) -> Array:
-        if W.is_cuda and W.element_size() == 2:  # products of two such numbers fit into float32
-            return self.torch.mm(W, W.T, out_dtype=self.torch.float32)
-        W = W.float()
-        return W @ W.T
+        as_type, width = (self.single, 4) if self.single_product else (self.double, 8)
+        step = SUMMANDS if self.single_product else max(1, self.product_bytes // (width * len(W)))
+        first = as_type(W[:, :step])
+        G = first @ first.T
+        for j in range(step, W.shape[1], step):
+            piece = as_type(W[:, j : j + step])
+            G.addmm_(piece, piece.T)
+        return G
 
     def gram_double(self, W: Array, add: Array | None = None) -> Array:
         piece = W.double()
         return piece @ piece.T if add is None else add.addmm_(piece, piece.T)
 
     def eigenvalues(self, G: Array) -> np.ndarray:
-        return self.torch.linalg.eigvalsh(G).cpu().numpy()
+        return np.sort(self.torch.linalg.eigvalsh(G).cpu().numpy())  # cuSOLVER's are nearly sorted
 
     def eigenpairs(self, T: np.ndarray) -> tuple[np.ndarray, Array]:
         if not self.exact:
@@ -207,10 +231,9 @@ class Torch:
         return self.torch.linalg.solve_triangular(C, X, upper=False), C
 
     def deflated_factor(self, G: Array, S: Array, tau: float) -> Array | None:
-        S = S.float()
-        M = (S @ S.T).sub_(G)
-        M.diagonal().add_(tau)
-        L, info = self.torch.linalg.cholesky_ex(M)
+        S = S.to(G.dtype)
+        G.addmm_(S, S.T, beta=-1).diagonal().add_(tau)
+        L, info = self.torch.linalg.cholesky_ex(G)
         return None if info.item() else L
 
 

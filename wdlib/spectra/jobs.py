@@ -1,10 +1,9 @@
 """One model -> the largest singular values of all its matrices."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from wdlib.spectra.arrays import check_device, one_thread
 from wdlib.spectra.journal import Journal
 from wdlib.spectra.kernel import SingularValues, top_singular_values
 from wdlib.spectra.store import Spectra, check_file, is_stored, journal_path
-from wdlib.spectra.workers import streams
+from wdlib.spectra.workers import cost, number_for, processes, streams
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ def compute(
     *,
     journal: Path | None = None,
     executor: Executor | None = None,
+    workers: int | None = 1,
     progress: bool = False,
     **options: Any,
 ) -> Spectra:
@@ -55,7 +55,9 @@ def compute(
     journal: where finished matrices are kept; a call that finds those of an interrupted one there
     goes on after them, and gives what that one would have given, bit for bit. executor: computes
     the matrices, each read where it is computed, so that none is sent; the numbers are the same.
-    None is one matrix after the other on the CPU, and `workers.streams` on a device.
+    workers: without an executor, processes of this machine, on a device threads; None is as many as
+    are worth it (`workers.number_for`). A script that asks for more than one process has to keep
+    its own work under `if __name__ == "__main__"`.
     progress: show a bar of the bytes done, as stored. options: fields of `Job`, `rank` apart.
 
     Raises WdlibError before any work if `rank` exceeds the smallest dimension of a matrix in use
@@ -72,11 +74,11 @@ def compute(
     _check_rank(checkpoint.name, [part.entry for part in chosen], rank)
     check_device(job.device)
     parts, config = _shard(chosen, job), files.config_hash(checkpoint)
-    own = streams(job.device) if executor is None and job.device != "cpu" else nullcontext(executor)
-    with ThreadPoolExecutor(1) as pool, own as among:
+    among = nullcontext(executor) if executor else _executor(job, parts, workers)
+    with ThreadPoolExecutor(1) as pool, among as executor:
         content = pool.submit(files.content_hash, checkpoint)
         kept = Journal(journal, f"{files.listing_key(checkpoint)} {job} wdlib {__version__}")
-        found = _all(parts, job, kept, among, tqdm(disable=not progress, **_bar(parts, kept)))
+        found = _all(parts, job, kept, executor, tqdm(disable=not progress, **_bar(parts, kept)))
     made = _assembled(checkpoint.name, ((p.entry.place, p.entry.shape, f) for p, f in found))
     provenance = {
         "source": checkpoint.source,
@@ -93,6 +95,16 @@ def compute(
         "shard": "" if job.shard == (1, 1) else f"{job.shard[0]} of {job.shard[1]}",
     }
     return replace(made, provenance={key: text for key, text in provenance.items() if text})
+
+
+def _executor(
+    job: Job, parts: list[Part], workers: int | None
+) -> AbstractContextManager[Executor | None]:
+    """Who computes the matrices of a plan; None is this process, one after the other."""
+    if job.device != "cpu":
+        return streams(job.device)
+    number = number_for(parts) if workers is None else workers
+    return processes(number) if number > 1 else nullcontext()
 
 
 def compute_to(
@@ -227,13 +239,8 @@ def _shard(parts: list[Part], job: Job) -> list[Part]:
             f"there is no shard {i} of {n} of {len(parts)} matrices: ask for one from 1 of n to n "
             f"of n, with n no more than {len(parts)}."
         )
-    dealt = sorted(range(len(parts)), key=lambda k: -_cost(parts[k]))[i - 1 :: n]
+    dealt = sorted(range(len(parts)), key=lambda k: -cost(parts[k]))[i - 1 :: n]
     return [parts[k] for k in sorted(dealt)]
-
-
-def _cost(part: Part) -> int:
-    """Multiplications of the product W W^T."""
-    return min(part.entry.shape) * math.prod(part.entry.shape)
 
 
 def _all(
@@ -262,14 +269,14 @@ def _as_finished(
     """Yields results as they complete. Submits the costliest first, cancels what is left."""
     waiting: dict[Future[SingularValues], Part] = {}
     try:
-        for part in sorted(parts, key=_cost, reverse=True):
+        for part in sorted(parts, key=cost, reverse=True):
             waiting[executor.submit(_of_part, job, part)] = part
         for future in as_completed(waiting):
             yield waiting[future], future.result()
     except BrokenExecutor as error:
         raise WdlibError(
             f"a worker died ({error}), perhaps for want of memory: each needs three times the "
-            "largest matrix in float32; use fewer, and run the same command again."
+            "largest matrix in float32; use fewer (--workers), and run the same command again."
         ) from error
     finally:
         for future in waiting:

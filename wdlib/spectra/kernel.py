@@ -199,7 +199,7 @@ def _gram_lanczos(xp: Backend, W: Array, r: int) -> SingularValues | None:
     """Block Lanczos on the float32 product, corrected by the exact W; None where unproven."""
     n = W.shape[0]
     G = xp.gram(W)
-    krylov = _block_lanczos(xp, G, r)
+    krylov = _block_lanczos(xp, xp.single(G), r)
     if krylov is None:
         return None
     V, ritz_next = krylov
@@ -236,9 +236,10 @@ def _block_lanczos(xp: Backend, G: Array, r: int) -> tuple[Array, float] | None:
     n, b = len(G), xp.block
     limit = n // 2 // b * b
     Q = xp.empty((limit, n))
-    diagonal, below = [], []  # the blocks of T = Q G Q^T
+    diagonal: list[Array] = []  # the blocks of T = Q G Q^T
+    below: list[Array] = []
     X = xp.take(np.random.default_rng(0).standard_normal((b, n), dtype=np.float32))
-    k, check, checked = 0, 5 * r + b + xp.first_check // b * b, (0, np.log(1e4))
+    k, check, checked = 0, min(5 * r + b + xp.first_check, limit - b), (0, np.log(1e4))
     while k < limit:
         block = xp.orthonormal_rows(X)
         if block is not None:
