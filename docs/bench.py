@@ -1,8 +1,9 @@
 """Speed, error and memory of `wdlib.spectra` beside its rivals, in one run: `make bench`.
 
 Writes bench.md and bench.csv beside this file. Every part runs in a process of its own, with one
-thread of linear algebra. What is compared alternates matrix by matrix, or process by process, so
-that a machine whose speed drifts slows down all of it.
+thread of linear algebra, and once more as everybody comes, with the threads and processes that each
+takes by default. What is compared alternates matrix by matrix, or process by process, so that a
+machine whose speed drifts slows down all of it.
 """
 
 import argparse
@@ -44,7 +45,9 @@ SPEED_TARGETS = {
 """How many times as fast as the yardstick ours is to be."""
 
 LOOP, WATCHER, COMMAND = "from_pretrained + svdvals loop", "WeightWatcher", "wdlib spectra"
+COMMAND_DEFAULT, LOOP_DEFAULT = f"{COMMAND}, all cores", f"{LOOP}, all cores"
 PROCESS_TARGETS = {SMALL: {LOOP: 5, WATCHER: 7}, MEDIUM: {LOOP: 10, WATCHER: 10}}
+TABLES = ("matrices", "shortcuts", "defaults", "processes")
 MEMORY_TARGET = 400
 ERROR_TARGET = 1e-5
 
@@ -114,7 +117,7 @@ def kernel(case: str, step: str) -> list[dict[str, Any]]:
         values, seconds = _clock(_svdvals, W)
         ranks = [r for c, r in SPEED_TARGETS if c == case and not r > n]
         timings += [add(r, YARDSTICK, seconds, _error(values, exact, r)) for r in ranks]
-        _, seconds = _clock(spectra.kernel.gram, wide)
+        _, seconds = _clock(spectra.arrays.syrk, wide)
         timings += [add(r, PRODUCT, seconds) for r in ranks]
         for r in ranks:
             found, seconds = _clock(spectra.top_singular_values, W, r)
@@ -153,13 +156,34 @@ def rivals(case: str, step: str) -> list[dict[str, Any]]:
     return [asdict(t) for t in timings]
 
 
+def defaults(case: str, step: str) -> list[dict[str, Any]]:
+    """Wall time at r = 16 of calls that take the threads they want."""
+    import numpy as np
+
+    from wdlib import spectra
+
+    methods = {
+        YARDSTICK: _svdvals,
+        CERTIFIED: functools.partial(spectra.top_singular_values, r=16),
+        PROPACK: lambda W: _svds(W, 16, "propack"),
+    }
+    timings = []
+    for solve in methods.values():
+        solve(np.random.default_rng(0).standard_normal((600, 600), dtype=np.float32))  # starts it
+    for W in _matrices(case, int(step), start=int(step)):
+        for method, solve in methods.items():
+            start = time.perf_counter()
+            solve(W)
+            timings.append(Timing(case, min(W.shape), 16, method, time.perf_counter() - start))
+    return [asdict(t) for t in timings]
+
+
 def loop(folder: str, out: str) -> None:
     """What one would write without wdlib: load the model, decompose each matrix, keep 16 values."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(folder)
     found = {t: [] for t in TYPES}
     for name, module in model.named_modules():
@@ -173,11 +197,9 @@ def loop(folder: str, out: str) -> None:
 
 def watch(folder: str, out: str) -> None:
     """WeightWatcher's `analyze` with its defaults, of the same matrices."""
-    import torch
     from transformers import AutoModelForCausalLM
     from weightwatcher import WeightWatcher
 
-    torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(folder)
     details = WeightWatcher(model=model).analyze(layers=[f"{kind}_proj" for kind in TYPES])
     details.to_csv(out)
@@ -283,12 +305,12 @@ def _error(values, exact, rank: int) -> float:
 # Running the parts, and the table -----------------------------------------------------------------
 
 
-def run(command: list[str]) -> Process:
-    """Run a command in an environment of one thread, and see what it took."""
-    disturbing = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+def run(command: list[str], *, one_thread: bool = True) -> Process:
+    """Run a command with one thread of linear algebra, or its own number; see what it took."""
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    disturbing = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", *threads)
     environment = {k: v for k, v in os.environ.items() if k not in disturbing}
-    environment |= dict.fromkeys(threads, "1") | {"HF_HUB_OFFLINE": "1"}
+    environment |= dict.fromkeys(threads if one_thread else (), "1") | {"HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(paths.ROOT)  # WeightWatcher's environment has no wdlib
     with tempfile.TemporaryFile() as said:
         start = time.perf_counter()
@@ -302,11 +324,12 @@ def run(command: list[str]) -> Process:
     return Process(wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
 
 
-def part(name: str, *arguments: str) -> Any:
+def part(name: str, *arguments: str, one_thread: bool = True) -> Any:
     """Run one part in a fresh process and read back what it returns."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        run([sys.executable, __file__, "--part", name, *arguments, "--json", str(out)])
+        command = [sys.executable, __file__, "--part", name, *arguments, "--json", str(out)]
+        run(command, one_thread=one_thread)
         return json.loads(out.read_text())
 
 
@@ -324,11 +347,16 @@ def processes(model: str, rounds: int, watcher: Path) -> tuple[dict[str, list[Pr
             LOOP: [sys.executable, __file__, "--part", "loop", folder, theirs],
             WATCHER: [str(watcher), __file__, "--part", "watch", folder, theirs + ".csv"],
         }
-        found = {COMMAND: [], LOOP: [], WATCHER: []}
+        found = {COMMAND: [], LOOP: [], WATCHER: [], COMMAND_DEFAULT: [], LOOP_DEFAULT: []}
+        one = [*command, "--workers", "1", "--out", ours]
         for way in [*commands] * rounds:
-            found[COMMAND].append(run([*command, "--out", ours]))
+            found[COMMAND].append(run(one))
             found[way].append(run(commands[way]))
-        found[COMMAND].append(run([*command, "--out", ours]))
+        found[COMMAND].append(run(one))
+        for _ in range(rounds):
+            own = {COMMAND_DEFAULT: [*command, "--out", ours], LOOP_DEFAULT: commands[LOOP]}
+            for way, started in own.items():
+                found[way].append(run(started, one_thread=False))
         return found, part("difference", ours, theirs)
 
 
@@ -409,6 +437,7 @@ def report(
     about: dict[str, str],
     kernels: list[dict[str, Any]],
     rival: list[dict[str, Any]],
+    own: list[dict[str, Any]],
     ends: list[dict[str, Any]],
     differences: dict[str, float],
     steps: dict[str, int],
@@ -445,6 +474,9 @@ def report(
         facts="".join(f"- {name}: {fact}\n" for name, fact in about.items()),
         kernels=table(kernels, speed),
         rivals=table(rival, shortcuts),
+        defaults=table(
+            own, {key: speed[key] for key in ("matrices of", "method", "times as fast")}
+        ),
         ends=table(ends, end),
         steps=", ".join(f"one in {step} of {TITLES[model]}" for model, step in steps.items()),
         error=f"{error:.1e} ({'met' if error <= ERROR_TARGET else '**not met**'})",
@@ -482,13 +514,22 @@ With their default settings, on the matrices of one or two layers of each model.
 says how wrong it is. ARPACK, LOBPCG and PROPACK do not form the product.
 
 {rivals}
+## As everybody comes
+
+The same calls at r = 16 with the threads that each takes by default, wall time, on the matrices of
+one or two layers of each model and on the large ones. Ours takes one thread: for all cores there is
+the command, below.
+
+{defaults}
 ## From a folder of bf16 safetensors to a stored result
 
 A new process for each run, one thread of BLAS, files in the page cache, r = 16, medians.
 `wdlib spectra` computes certified values and hashes the files, in a second thread: the CPU time
-counts both. The loop takes float32 svdvals (tall) of the seven projections and keeps 16 values.
-WeightWatcher's `analyze` runs with its defaults on the same matrices; it does more than the others,
-since it also fits a power law to every spectrum. Peak memory is of the resident set.
+counts both. "All cores" is with everybody's default threads, and ours with its default processes,
+whose memory and CPU time this table does not see. The loop takes float32 svdvals (tall) of the seven
+projections and keeps 16 values. WeightWatcher's `analyze` runs with its defaults on the same
+matrices; it does more than the others, since it also fits a power law to every spectrum. Peak memory
+is of the resident set.
 
 {ends}
 Peak memory of `wdlib spectra` under 400 MB: {memory}. Largest relative difference between its
@@ -504,23 +545,25 @@ def bench(out: Path, quick: bool, watcher: Path) -> None:
     pins = (paths.ROOT / "requirements-bench.lock").read_text().splitlines()
     about = part("facts") | {
         "Beside them": ", ".join(pin.replace("==", " ") for pin in pins if "==" in pin),
-        "Threads of linear algebra": "1",
+        "Threads of linear algebra": "1, but where the default is said",
         "Date": datetime.now(UTC).date().isoformat(),
     }
     lists = (part("kernel", case, str(steps.get(case, 1))) for case in singles)
     kernels = [row for found in lists for row in kernel_rows([Timing(**t) for t in found])]
     lists = (part("rivals", case, "13") for case in cases)
     rival = [row for found in lists for row in kernel_rows([Timing(**t) for t in found])]
+    lists = (part("defaults", case, "13", one_thread=False) for case in singles)
+    own = [row for found in lists for row in kernel_rows([Timing(**t) for t in found])]
     ends, differences = [], {}
     for model in cases:
         found, differences[model] = processes(model, ROUNDS[model], watcher)
         ends += process_rows(model, found)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "bench.md").write_text(report(about, kernels, rival, ends, differences, steps))
+    (out / "bench.md").write_text(report(about, kernels, rival, own, ends, differences, steps))
     with (out / "bench.csv").open("w", newline="") as file:
         rows = [
             {"table": name, **row}
-            for name, rows in (("matrices", kernels), ("shortcuts", rival), ("processes", ends))
+            for name, rows in zip(TABLES, (kernels, rival, own, ends), strict=True)
             for row in rows
         ]
         writer = csv.DictWriter(file, list(dict.fromkeys(chain.from_iterable(rows))))
@@ -528,7 +571,7 @@ def bench(out: Path, quick: bool, watcher: Path) -> None:
         writer.writerows(rows)
 
 
-PARTS = {f.__name__: f for f in (prepare, kernel, rivals, loop, watch, facts, difference)}
+PARTS = {f.__name__: f for f in (prepare, kernel, rivals, defaults, loop, watch, facts, difference)}
 
 
 def main() -> None:

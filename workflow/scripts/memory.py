@@ -110,7 +110,7 @@ def main() -> None:
         folder, out = Path(temporary) / "synthetic", Path(temporary) / "out.safetensors"
         write_checkpoint(folder, LAYERS, shapes(HIDDEN, INTERMEDIATE, KEYS))
         journal = Path(f"{out}.unfinished")
-        command = [sys.executable, "-m", "wdlib", "spectra", str(folder)]
+        command = [sys.executable, "-m", "wdlib", "spectra", str(folder), "--workers", "1"]
         command += ["--types", ",".join(TYPES), "--rank", str(RANK), "--out", str(out)]
         with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
             while process.poll() is None:
