@@ -526,10 +526,10 @@ the command, below.
 A new process for each run, one thread of BLAS, files in the page cache, r = 16, medians.
 `wdlib spectra` computes certified values and hashes the files, in a second thread: the CPU time
 counts both. "All cores" is with everybody's default threads, and ours with its default processes,
-whose memory and CPU time this table does not see. The loop takes float32 svdvals (tall) of the seven
-projections and keeps 16 values. WeightWatcher's `analyze` runs with its defaults on the same
-matrices; it does more than the others, since it also fits a power law to every spectrum. Peak memory
-is of the resident set.
+whose memory and CPU time this table does not see. The loop takes float32 svdvals (tall) of the
+seven projections and keeps 16 values. WeightWatcher's `analyze` runs with its defaults on the same
+matrices; it does more than the others, since it also fits a power law to every spectrum. Peak
+memory is of the resident set.
 
 {ends}
 Peak memory of `wdlib spectra` under 400 MB: {memory}. Largest relative difference between its
