@@ -50,7 +50,7 @@ SAVE_EVERY = 10
 ADAPTER_FILE = "adapter/adapter_model.safetensors"
 """In a run's folder."""
 
-_RESULT, _START, _RUN, _WHOLE = "result.json", "start.json", "run.json", "whole"
+_RESULT, _START, _RUN = "result.json", "start.json", "run.json"
 _log = logging.getLogger(__name__)
 
 
@@ -388,7 +388,7 @@ def _trainer(
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
-                _mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+                paths.mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     class AdapterTrainer(Trainer):
         """Resumes every adapter of the model; Trainer's own way switches all but one off."""
@@ -438,27 +438,11 @@ def _trainer(
     return trainer
 
 
-def _mark_whole(checkpoint: Path) -> None:
-    """Say of a checkpoint that it is written to its end, and what its files hold."""
-    files = {p: p.relative_to(checkpoint).as_posix() for p in sorted(checkpoint.rglob("*"))}
-    held = {name: paths.file_sha256(p) for p, name in files.items() if p.is_file()}
-    paths.write_text(checkpoint / _WHOLE, json.dumps(held))
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end and all of its files are as they were then."""
-    if not (checkpoint / _WHOLE).is_file():
-        return False
-    held = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8") or "{}")
-    found = {checkpoint / name: sha256 for name, sha256 in held.items()}
-    return all(p.is_file() and paths.file_sha256(p) == sha256 for p, sha256 in found.items())
-
-
 def _last_whole(folder: Path) -> str | None:
     """The last checkpoint that is whole; what is not, or is damaged, is removed."""
     whole = []
     for path in folder.glob("checkpoint-*"):
-        if _is_whole(path):
+        if paths.is_whole(path):
             whole.append(path)
         else:
             _log.warning("%s is not whole and is removed: the run goes on before it", path)
