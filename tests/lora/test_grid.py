@@ -18,7 +18,7 @@ from tiny_lora import ARC, GPQA, HELLASWAG, REFERENCE
 from wdlib import TYPES, WdlibError, paths
 from wdlib.fingerprints import record
 from wdlib.fingerprints.clusters import cluster
-from wdlib.lora import data, evaluation, pretrained, scores, training
+from wdlib.lora import data, devices, evaluation, pretrained, scores, training
 from wdlib.lora.benchmarks import TASKS, Protocol
 from wdlib.lora.data import DATA, Example, examples, split, tokenise
 from wdlib.lora.grid import (
@@ -320,7 +320,7 @@ def test_a_cell_that_another_process_does_is_left_to_it(grid, places, do_all, as
 
 def test_the_processes_of_one_launcher_are_refused(grid, places, do_all, monkeypatch):
     two = SimpleNamespace(num_processes=2, device="cpu")
-    monkeypatch.setattr(training, "process_state", lambda: two)
+    monkeypatch.setattr(devices, "process_state", lambda: two)
     with pytest.raises(WdlibError, match="2 processes of one launcher"):
         do_all()
     with pytest.raises(WdlibError, match="2 processes of one launcher"):
@@ -333,7 +333,7 @@ def test_a_model_is_evaluated_where_it_was_trained(grid, places, do_all, asked, 
     for cell in chosen(grid, only="second"):
         forget(cell, places)
     gpu = SimpleNamespace(num_processes=1, device=torch.device("meta"))
-    monkeypatch.setattr(training, "process_state", lambda: gpu)
+    monkeypatch.setattr(devices, "process_state", lambda: gpu)
     do_all("second")
     assert [model.device.type for model, _ in grown.asked] == ["cpu"] * 7
     assert [model.device.type for model, _ in asked] == ["meta"] * 2

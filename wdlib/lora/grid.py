@@ -24,7 +24,7 @@ from wdlib import TYPES, WdlibError, __version__, paths
 from wdlib.checkpoints.catalogue import catalogue_model
 from wdlib.fingerprints import record
 from wdlib.fingerprints.record import Fingerprint
-from wdlib.lora import adapters, data, evaluation, pretrained, scores, training
+from wdlib.lora import adapters, data, devices, evaluation, pretrained, scores, training
 from wdlib.lora.adapters import adapted_sites
 from wdlib.lora.benchmarks import TASKS, Protocol
 from wdlib.lora.measure import relative_norms
@@ -217,7 +217,7 @@ def run_cell(
 
 def _check_alone() -> None:
     """The processes of one launcher would lock different cells and train them as one."""
-    processes = training.process_state().num_processes
+    processes = devices.process_state().num_processes
     if processes > 1:
         raise WdlibError(
             f"{processes} processes of one launcher cannot share a grid: start `wdlib experiments` "
@@ -275,7 +275,7 @@ def _evaluate(
     trained: Pretrained, protocol: Protocol, data_folder: str | Path | None
 ) -> Evaluation:
     return evaluation.evaluate(
-        trained.model.to(training.process_state().device),
+        trained.model.to(devices.process_state().device),
         trained.needed_tokenizer(),
         protocol=protocol,
         data_folder=None if data_folder is None else Path(data_folder),
