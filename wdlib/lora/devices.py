@@ -52,6 +52,14 @@ def kind(machine: dict[str, Any]) -> str:
     return machine["device"].partition(":")[0]
 
 
+def release() -> None:
+    """Give back the memory of what is no longer used, to other processes on the device too."""
+    from accelerate.utils.memory import clear_device_cache
+
+    gc.collect()
+    clear_device_cache()
+
+
 def halving(attempt: Callable[[int], _T], size: int, *, smallest: int = 1, what: str) -> _T:
     """attempt(size), and again with half the size while the device's memory does not hold it.
 
@@ -59,7 +67,7 @@ def halving(attempt: Callable[[int], _T], size: int, *, smallest: int = 1, what:
     smallest, the size at which it fails for good; what, of which there are `size`, in words.
     Raises: what attempt raises.
     """
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+    from accelerate.utils.memory import should_reduce_batch_size
 
     while True:
         try:
@@ -68,7 +76,6 @@ def halving(attempt: Callable[[int], _T], size: int, *, smallest: int = 1, what:
             if size // 2 < smallest or not should_reduce_batch_size(error):
                 raise
         # Here, where the error and with it the tensors of its frames are gone.
-        gc.collect()
-        clear_device_cache()
+        release()
         _log.warning("%d %s do not fit the device: going on with %d", size, what, size // 2)
         size //= 2

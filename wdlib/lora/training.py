@@ -342,8 +342,14 @@ def _fit(
         share = per_step // state.num_processes
         micro_batch = max(d for d in range(1, size + 1) if share % d == 0)
         model.load_state_dict(begin, strict=False)
-        places = {"folder": folder / "checkpoints", "save_every": save_every}
-        trainer = _trainer(model, ordered, run, micro_batch=micro_batch, **places)
+        trainer = _trainer(
+            model,
+            ordered,
+            run,
+            micro_batch=micro_batch,
+            folder=folder / "checkpoints",
+            save_every=save_every,
+        )
         with pretrained.quiet(), warnings.catch_warnings():
             # A checkpoint's adapter does not hold the vocabulary, whatever the base's folder lacks.
             warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)
