@@ -1,6 +1,7 @@
 """The `wdlib` command: reads arguments, calls the library, prints; a failure is one line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -160,20 +161,26 @@ def _fingerprint(options: argparse.Namespace) -> None:
 
 
 def _experiments(options: argparse.Namespace) -> None:
+    from contextlib import nullcontext
+
     from wdlib.lora.grid import chosen, run_grid, state
     from wdlib.notebooks import Progress
+    from wdlib.spectra import jobs
 
+    todo = chosen(options.grid, only=options.only)
     if options.dry_run:
-        for cell in chosen(options.grid, only=options.only):
+        for cell in todo:
             needed = cell.run.characterisation()
             name = "-" if needed is None else needed.stem
             print(f"{cell.tier}  {cell.run.key}  {name}  {state(cell)}")
         return
     import torch
 
-    torch.set_num_threads(options.threads)
-    settings = {"only": options.only, "data_folder": options.data_folder}
-    run_grid(options.grid, **settings, progress=Progress(sys.stderr).line)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(options.threads or max(1, min(2, (cores or 1) // options.workers)))
+    settings = {"data_folder": options.data_folder, "progress": Progress(sys.stderr).line}
+    with jobs.processes(options.workers) if options.workers > 1 else nullcontext() as executor:
+        run_grid(todo, executor=executor, **settings)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -246,7 +253,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--data-folder", type=Path, metavar="F", help="default: the hub")
     add("--only", metavar="TIER", help="a tier, or the start of keys")
     add("--dry-run", action="store_true", help="list cells and states")
-    add("--threads", type=int, default=2, metavar="N", help="default: 2")
+    add("--workers", type=_positive, default=1, metavar="N", help="cells at a time")
+    add("--threads", type=_positive, metavar="N", help="of each; default: 2 if there are enough")
     return parser
 
 

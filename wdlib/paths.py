@@ -55,6 +55,26 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_WHOLE = "whole"
+"""The file that says of a folder that it is written to its end."""
+
+
+def mark_whole(folder: Path) -> None:
+    """Say of a folder that it is written to its end, and what its files hold."""
+    found = {p: p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*"))}
+    held = {name: file_sha256(p) for p, name in found.items() if p.is_file()}
+    write_text(folder / _WHOLE, json.dumps(held))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder was written to its end and all of its files are as they were then."""
+    if not (folder / _WHOLE).is_file():
+        return False
+    held = json.loads((folder / _WHOLE).read_text(encoding="utf-8") or "{}")
+    found = {folder / name: sha256 for name, sha256 in held.items()}
+    return all(p.is_file() and file_sha256(p) == sha256 for p, sha256 in found.items())
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Write a text file atomically; returns its path."""
     path = Path(path)

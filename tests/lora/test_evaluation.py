@@ -99,7 +99,7 @@ def test_equals_the_harness_command_line_to_the_last_item(name, measured, comman
 def test_trees_equal_one_request_at_a_time(
     name, batch, tree, model, tokenizer, data, monkeypatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "BATCH_TOKENS", batch)
+    monkeypatch.setitem(evaluation.BATCH_TOKENS, "cpu", batch)
     monkeypatch.setattr(evaluation, "TREE_TOKENS", tree)
     given = asked(name, data, orders=8, limit={GPQA: 3})
     found, expected = ours(model, tokenizer, given), harness(model, tokenizer, given)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from tiny_lora import ARC, GPQA, HELLASWAG, REFERENCE
 from wdlib import TYPES, WdlibError, paths
 from wdlib.fingerprints import record
 from wdlib.fingerprints.clusters import cluster
-from wdlib.lora import data, evaluation, pretrained, scores, training
+from wdlib.lora import data, devices, evaluation, pretrained, scores, training
 from wdlib.lora.benchmarks import TASKS, Protocol
 from wdlib.lora.data import DATA, Example, examples, split, tokenise
 from wdlib.lora.grid import (
@@ -37,6 +38,7 @@ from wdlib.lora.grid import (
 )
 from wdlib.lora.results import fingerprint_file, load_result
 from wdlib.lora.scores import Evaluation
+from wdlib.spectra import jobs
 
 GRID = """
 defaults: {model: MODEL, steps: 2, dtype: float32}
@@ -96,11 +98,11 @@ def places(tmp_path):
     return {"results": tmp_path / "results", "work": tmp_path / "work"}
 
 
-def do_grid(grid, places, home, only=None):
+def do_grid(grid, places, home, only=None, executor=None):
     """Runs a grid; gives what it said of each cell."""
     said = []
-    options = {"data_folder": home / "data", "progress": said.append, "only": only}
-    run_grid(grid, **options, **places)
+    options = {"data_folder": home / "data", "progress": said.append, "executor": executor}
+    run_grid(chosen(grid, only=only), **options, **places)
     return [line.rpartition(": ")[2] for line in said]
 
 
@@ -320,7 +322,7 @@ def test_a_cell_that_another_process_does_is_left_to_it(grid, places, do_all, as
 
 def test_the_processes_of_one_launcher_are_refused(grid, places, do_all, monkeypatch):
     two = SimpleNamespace(num_processes=2, device="cpu")
-    monkeypatch.setattr(training, "process_state", lambda: two)
+    monkeypatch.setattr(devices, "process_state", lambda: two)
     with pytest.raises(WdlibError, match="2 processes of one launcher"):
         do_all()
     with pytest.raises(WdlibError, match="2 processes of one launcher"):
@@ -328,12 +330,45 @@ def test_the_processes_of_one_launcher_are_refused(grid, places, do_all, monkeyp
     assert not places["work"].exists()
 
 
+def test_workers_share_a_grid(grid, places, home):
+    """Each in a process of its own, which no monkeypatch reaches: so without an evaluation."""
+    grid.write_text(grid.read_text().replace("{tasks: [arc_challenge, hellaswag]}", "{tasks: []}"))
+    torch.set_num_threads(1)
+    with jobs.processes(2) as executor:
+        said = do_grid(grid, places, home, "second", executor)
+    assert states(grid, places, "second") == [FINISHED] * 2
+    assert [line.startswith("held-out loss") for line in said] == [True, True]
+    for cell in chosen(grid, only="second"):
+        report = load_result(cell.run, results=places["results"]).report
+        assert report["machine"]["threads"] == 1
+        alone = training.train(cell.run, places["work"] / "alone", data_folder=home / "data")
+        assert training.result(alone)["hashes"] == report["hashes"]
+        shutil.rmtree(alone)
+
+
+def test_a_failure_in_a_worker_is_told(grid, places, home):
+    chosen_cells = chosen(grid, only="second")
+    (places["work"] / chosen_cells[0].run.key).mkdir(parents=True)
+    (places["work"] / chosen_cells[0].run.key / "run.json").write_text("[1]")
+    grid.write_text(grid.read_text().replace("{tasks: [arc_challenge, hellaswag]}", "{tasks: []}"))
+    with jobs.processes(2) as executor, pytest.raises(WdlibError, match="1 of 2 cells failed"):
+        do_grid(grid, places, home, "second", executor)
+    assert states(grid, places, "second") == [BEGUN, FINISHED]
+
+
+def test_a_lost_worker_is_told(grid, places, home):
+    with jobs.processes(1) as executor:
+        executor.submit(os._exit, 1)
+        with pytest.raises(WdlibError, match="a process that did a cell was lost"):
+            do_grid(grid, places, home, "second", executor)
+
+
 @pytest.mark.usefixtures("copied")
 def test_a_model_is_evaluated_where_it_was_trained(grid, places, do_all, asked, grown, monkeypatch):
     for cell in chosen(grid, only="second"):
         forget(cell, places)
     gpu = SimpleNamespace(num_processes=1, device=torch.device("meta"))
-    monkeypatch.setattr(training, "process_state", lambda: gpu)
+    monkeypatch.setattr(devices, "process_state", lambda: gpu)
     do_all("second")
     assert [model.device.type for model, _ in grown.asked] == ["cpu"] * 7
     assert [model.device.type for model, _ in asked] == ["meta"] * 2

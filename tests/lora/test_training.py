@@ -16,7 +16,7 @@ from peft import PeftModel
 from tiny_lora import REFERENCE
 from transformers import TrainingArguments
 
-from wdlib import WdlibError
+from wdlib import WdlibError, paths
 from wdlib.lora import data, initialisation, pretrained, training
 from wdlib.lora.data import IGNORED, Example, Tokens, examples, pad, schedule, split, tokenise
 from wdlib.lora.runs import Hyperparameters, Run
@@ -252,7 +252,7 @@ def test_several_gpus_without_a_launcher_do_not_enlarge_a_batch(run, home, tmp_p
     once.__set_name__(TrainingArguments, "_setup_devices")
     monkeypatch.setattr(TrainingArguments, "_setup_devices", once)
     model = pretrained.load(run.model).model
-    trainer = training._trainer(model, [], run, folder=tmp_path, save_every=1)
+    trainer = training._trainer(model, [], run, micro_batch=2, folder=tmp_path, save_every=1)
     assert trainer.args.train_batch_size == run.hyperparameters.batch
 
 
@@ -282,7 +282,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, tmp_path
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "optimizer.pt").write_bytes(bytes(100))
-        training._mark_whole(folder)
+        paths.mark_whole(folder)
     state = tmp_path / "checkpoint-20" / "optimizer.pt"
     if damage == "flipped":
         state.write_bytes(bytes(50) + b"\1" + bytes(49))

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from wdlib import WdlibError
+from wdlib.lora import devices
 from wdlib.lora.benchmarks import Items, Protocol, check_folder, quiet, requests
 from wdlib.lora.scores import Evaluation, Scores
 
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-BATCH_TOKENS = 2048
-"""Tokens of one forward pass, padding included."""
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Tokens of one forward pass, padding included, by device; fewer where memory is short."""
 
 TREE_TOKENS = 1024
 """Tokens above which a tree is not extended: attention costs their square."""
 
-SOFTMAX_ROWS = 32
+SOFTMAX_ROWS = {"cpu": 32, "cuda": 4096}
 """Positions whose softmax is computed at a time: as many as a processor's cache holds."""
 
 SHARED_TOKENS = 16
@@ -186,11 +187,18 @@ def tree_scorer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", 
             trees = _trees(pairs)
             self.counted = {"tokens": sum(len(t.tokens) for t in trees), "naive": naive}
             answers: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-            with tqdm(total=len(trees), desc="evaluation", disable=None, leave=False) as bar:
-                for batch in _batches(trees):
+            left = sorted(trees, key=lambda tree: -len(tree.tokens))
+
+            def score(tokens: int) -> None:
+                for batch in _batches(left, tokens):
                     for request, answer in _score(self.model, batch, dtype):
                         answers[request] = answer
+                    del left[: len(batch)]
                     bar.update(len(batch))
+
+            tokens = _by_device(BATCH_TOKENS, self.model)
+            with tqdm(total=len(trees), desc="evaluation", disable=None, leave=False) as bar:
+                devices.halving(score, tokens, smallest=TREE_TOKENS, what="tokens")
             return answers
 
     # Of a prompt without text, which no task has; HFLM fails where a tokenizer names neither.
@@ -266,16 +274,18 @@ def _tree(group: Sequence[int], pairs: Sequence[tuple[list[int], int]]) -> _Tree
     return _Tree(np.array([token for _, token in nodes], np.int64), depth, sees, targets)
 
 
-def _batches(trees: Sequence[_Tree]) -> Iterator[list[_Tree]]:
-    """The trees from the largest down, so that those padded to one length are of a size."""
-    batch: list[_Tree] = []
-    for tree in sorted(trees, key=lambda tree: -len(tree.tokens)):
-        if batch and (len(batch) + 1) * len(batch[0].tokens) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(tree)
-    if batch:
-        yield batch
+def _by_device(sizes: dict[str, int], model: "PreTrainedModel") -> int:
+    return sizes.get(model.device.type, sizes["cpu"])
+
+
+def _batches(trees: Sequence[_Tree], tokens: int) -> list[list[_Tree]]:
+    """The trees, which go from the largest down, divided: those padded to one length are alike."""
+    batches: list[list[_Tree]] = []
+    for tree in trees:
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0].tokens) > tokens:
+            batches.append([])
+        batches[-1].append(tree)
+    return batches
 
 
 def _score(
@@ -302,23 +312,24 @@ def _score(
             continuations += continuation
     wanted, at = (torch.from_numpy(a) for a in np.unique(nodes, return_inverse=True))
     with torch.inference_mode():
-        mask = torch.zeros(sees.shape, dtype=model.dtype)
-        mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(model.dtype).min)
+        hidden = torch.from_numpy(~sees).to(model.device)
+        mask = torch.zeros(sees.shape, dtype=model.dtype, device=model.device)
+        mask.masked_fill_(hidden, torch.finfo(model.dtype).min)
         logits = _logits(
             model,
             wanted.to(model.device),
             dtype,
             input_ids=torch.from_numpy(tokens).to(model.device),
             position_ids=torch.from_numpy(depth).to(model.device),
-            attention_mask=mask[:, None].to(model.device),
+            attention_mask=mask[:, None],
         )
-        rows, at = logits.split(SOFTMAX_ROWS), at.to(model.device)
+        rows, at = logits.split(_by_device(SOFTMAX_ROWS, model)), at.to(model.device)
         total = torch.cat([part.logsumexp(-1) for part in rows])[at]
         top = torch.cat([part.amax(-1) for part in rows])[at]
         chosen = logits[at, torch.tensor(continuations, device=model.device)]
         lengths = [predicted for _, predicted in requests]
-        values = (chosen - total).split(lengths)
-        likeliest = (chosen >= top).split(lengths)
+        values = (chosen - total).cpu().split(lengths)
+        likeliest = (chosen >= top).cpu().split(lengths)
         for (request, _), value, greedy in zip(requests, values, likeliest, strict=True):
             yield request, (float(value.sum()), bool(greedy.all()))
 

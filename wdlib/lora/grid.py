@@ -8,11 +8,11 @@ the trained model. Several processes may work on one grid: a cell is locked whil
 it.
 """
 
-import gc
 import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,7 @@ from wdlib import TYPES, WdlibError, __version__, paths
 from wdlib.checkpoints.catalogue import catalogue_model
 from wdlib.fingerprints import record
 from wdlib.fingerprints.record import Fingerprint
-from wdlib.lora import adapters, data, evaluation, pretrained, scores, training
+from wdlib.lora import adapters, data, devices, evaluation, pretrained, scores, training
 from wdlib.lora.adapters import adapted_sites
 from wdlib.lora.benchmarks import TASKS, Protocol
 from wdlib.lora.measure import relative_norms
@@ -157,40 +157,82 @@ def is_finished(cell: Cell, found: CellResult | None) -> bool:
 
 
 def run_grid(
-    path: str | Path = GRID,
+    todo: Sequence[Cell],
     *,
-    only: str | None = None,
+    executor: Executor | None = None,
     data_folder: str | Path | None = None,
     results: Path = RESULTS,
     work: Path = WORK,
     progress: Callable[[str], None] = _log.info,
 ) -> None:
-    """Do the cells of a grid in their order; a cell that fails is logged and the rest goes on.
+    """Do some cells of a grid in their order; a cell that fails is logged and the rest goes on.
 
-    Arguments: only, as for `chosen`; data_folder, with the files of the data sets and benchmarks,
-    None for the hub; progress, told in one line what is done. Results differ in the last digits
-    with the number of torch's threads, which is left as it is set.
-    Raises: WdlibError as `chosen` does, for processes of one launcher, and at the end where cells
-    failed.
+    Arguments: executor, whose processes do a cell each at a time, with as many threads as torch has
+    here (see `jobs.processes`), None for this process; data_folder, with the files of the data sets
+    and benchmarks, None for the hub; progress, told in one line what is done. Results differ in the
+    last digits with the number of torch's threads, which is left as it is set.
+    Raises: WdlibError for processes of one launcher, where a process of the executor was lost, and
+    at the end where cells failed.
     """
     _check_alone()
-    todo = chosen(path, only=only)
+    options = {"data_folder": data_folder, "results": results, "work": work}
     failed = []
-    for number, cell in enumerate(todo, start=1):
-        place = f"{number}/{len(todo)} {cell.tier} {cell.run.key}"
-        try:
-            done = run_cell(cell, data_folder=data_folder, results=results, work=work)
-        except Exception as error:
-            _log.exception("cell %s failed", cell.run.key)
+    for number, cell, (done, whole) in _done(todo, executor, options):
+        if not whole:
             failed.append(cell.run.key)
-            done = f"failed: {error}"
-        progress(f"{place}: {done}")
-        gc.collect()
+        progress(f"{number}/{len(todo)} {cell.tier} {cell.run.key}: {done}")
     if failed:
         raise WdlibError(
             f"{len(failed)} of {len(todo)} cells failed, the first was {failed[0]}: see above, and "
             "run the same command again"
         )
+
+
+def _done(
+    todo: Sequence[Cell], executor: Executor | None, options: dict[str, Any]
+) -> Iterator[tuple[int, Cell, tuple[str, bool]]]:
+    """Number, cell, and what `_attempt` says of it, as they are done."""
+    if executor is None:
+        yield from ((n, cell, _attempt(cell, options)) for n, cell in enumerate(todo, start=1))
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    begun = {
+        executor.submit(_attempt, cell, options, threads): (n, cell)
+        for n, cell in enumerate(todo, start=1)
+    }
+    try:
+        for future in as_completed(begun):
+            yield (*begun[future], future.result())
+    except BrokenExecutor as error:
+        raise WdlibError(
+            "a process that did a cell was lost, which a lack of memory does: run the same command "
+            "again, with fewer workers if need be"
+        ) from error
+    finally:
+        for future in begun:
+            future.cancel()
+
+
+def _attempt(cell: Cell, options: dict[str, Any], threads: int | None = None) -> tuple[str, bool]:
+    """What was done of a cell, in words, and whether it did not fail; threads, of torch and BLAS.
+
+    What fails is logged here, where its traceback is.
+    """
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    try:
+        if threads:
+            torch.set_num_threads(threads)
+        with threadpool_limits(threads):
+            return run_cell(cell, **options), True
+    except Exception as error:
+        _log.exception("cell %s failed", cell.run.key)
+        return f"failed: {error}", False
+    finally:
+        devices.release()
 
 
 def run_cell(
@@ -217,7 +259,7 @@ def run_cell(
 
 def _check_alone() -> None:
     """The processes of one launcher would lock different cells and train them as one."""
-    processes = training.process_state().num_processes
+    processes = devices.process_state().num_processes
     if processes > 1:
         raise WdlibError(
             f"{processes} processes of one launcher cannot share a grid: start `wdlib experiments` "
@@ -275,7 +317,7 @@ def _evaluate(
     trained: Pretrained, protocol: Protocol, data_folder: str | Path | None
 ) -> Evaluation:
     return evaluation.evaluate(
-        trained.model.to(training.process_state().device),
+        trained.model.to(devices.process_state().device),
         trained.needed_tokenizer(),
         protocol=protocol,
         data_folder=None if data_folder is None else Path(data_folder),

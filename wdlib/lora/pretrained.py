@@ -1,20 +1,29 @@
 """Checkpoint -> a transformers causal language model and its tokenizer.
 
-What `transformers` makes of a GGUF file can't be saved, and its tokenizer lacks a step that the
-model was trained with. Both are repaired here, so that the rest of the package sees one kind of
+transformers parses a GGUF file four times, which takes half a minute, and drops a step of some
+tokenizers. So a GGUF file is converted once, into an ordinary folder in the cache: float32 weights
+(four bytes a parameter), configuration and tokenizer. The rest of the package sees one kind of
 model wherever the weights come from.
 """
 
 import contextlib
 import copy
+import hashlib
 import io
+import json
+import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from wdlib import WdlibError, first_line, paths
-from wdlib.checkpoints.files import INDEX, Checkpoint, resolve, shards
+from wdlib.checkpoints.files import INDEX, Checkpoint, content_hash, resolve, shards
 from wdlib.checkpoints.headers import gguf_header
 
 if TYPE_CHECKING:
@@ -24,7 +33,11 @@ if TYPE_CHECKING:
 DIGIT_SPLITTING = ("smollm",)
 """Values of a GGUF file's `tokenizer.ggml.pre` whose tokenizers make each digit a token."""
 
+_CONVERSION = 1
+"""Raised when `_convert` makes another folder of the same file."""
+
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,8 @@ def quiet() -> Iterator[None]:
 def load(model: str | Path | Checkpoint, *, dtype: str = "float32") -> Pretrained:
     """The model that a name of the catalogue, a hub id, a folder or a GGUF file stands for.
 
-    Weights of a GGUF file are dequantised into an ordinary model, which can be saved and trained.
+    A GGUF file is dequantised into an ordinary model, which can be saved and trained; the first
+    call keeps it in the cache.
 
     Arguments: dtype, of the weights in memory: "float32", "bfloat16" or "float16".
     Raises: WdlibError as `resolve` does, for an unknown dtype, for files without config.json, of an
@@ -76,16 +90,13 @@ def load(model: str | Path | Checkpoint, *, dtype: str = "float32") -> Pretraine
         raise WdlibError(f"there is no dtype {dtype!r} here: give float32, bfloat16 or float16")
     checkpoint = resolve(model)
     folder, gguf = _source(checkpoint)
+    if gguf:
+        folder = _converted(checkpoint)
     with _reading(checkpoint):
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), **_LOCAL, **gguf
+            folder, dtype=getattr(torch, dtype), **_LOCAL
         )
-        tokenizer = _tokenizer(folder, gguf)
-    if gguf:
-        loaded = _plain(loaded)
-        metadata, _ = gguf_header(folder / gguf["gguf_file"])
-        if tokenizer and metadata.get("tokenizer.ggml.pre") in DIGIT_SPLITTING:
-            _split_digits(tokenizer)
+        tokenizer = _tokenizer(folder)
     return Pretrained(loaded.eval(), tokenizer, checkpoint)
 
 
@@ -218,29 +229,59 @@ def _reading(checkpoint: Checkpoint) -> Iterator[None]:
         ) from error
 
 
-def _tokenizer(folder: Path, gguf: dict[str, str]) -> "PreTrainedTokenizerBase | None":
+def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     from transformers import AutoTokenizer
 
-    if not gguf and not any(folder.glob("tokenizer*")):
+    if not any(folder.glob("tokenizer*")):
         return None
-    return AutoTokenizer.from_pretrained(folder, **_LOCAL, **gguf)
+    return AutoTokenizer.from_pretrained(folder, **_LOCAL)
 
 
-def _plain(loaded: "PreTrainedModel") -> "PreTrainedModel":
-    """The same weights in a model that does not remember a quantised file: it can be saved."""
-    from accelerate import init_empty_weights
+def _converted(checkpoint: Checkpoint) -> Path:
+    """The folder in the cache that holds a GGUF file's model; made where it is not there whole."""
+    (file,) = checkpoint.files
+    decides = {name: metadata.version(name) for name in ("gguf", "tokenizers", "transformers")}
+    decides |= {"file": content_hash(checkpoint), "conversion": str(_CONVERSION)}
+    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    folder = paths.CACHE / "converted" / f"{Path(file.name).stem}-{key[:16]}"
+    if paths.is_whole(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if paths.is_whole(folder):
+            return folder
+        if folder.exists():
+            _log.warning("%s is damaged and is made again", folder)
+            shutil.rmtree(folder)
+        with TemporaryDirectory(dir=folder.parent) as scratch:
+            made = Path(scratch) / folder.name
+            _convert(checkpoint, made)
+            paths.mark_whole(made)
+            made.rename(folder)
+    return folder
 
+
+def _convert(checkpoint: Checkpoint, folder: Path) -> None:
+    """Save what transformers reads of a GGUF file, its tokenizer repaired, as an ordinary model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    beside, gguf = _source(checkpoint)
+    with _reading(checkpoint):
+        loaded = AutoModelForCausalLM.from_pretrained(beside, dtype="float32", **_LOCAL, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(beside, **_LOCAL, **gguf)
+    header, _ = gguf_header(beside / gguf["gguf_file"])
+    if header.get("tokenizer.ggml.pre") in DIGIT_SPLITTING:
+        _split_digits(tokenizer)
+    # transformers saves no model that remembers a quantised file.
     config = copy.deepcopy(loaded.config)
     del config.quantization_config
-    with init_empty_weights():
+    with torch.device("meta"):
         plain = type(loaded)(config)
-    plain.load_state_dict(loaded.state_dict(), assign=True)
-    for name, buffer in loaded.named_buffers():
-        module, _, leaf = name.rpartition(".")
-        plain.get_submodule(module).register_buffer(leaf, buffer, persistent=False)
-    plain.tie_weights()
     plain.generation_config = loaded.generation_config
-    return plain
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        plain.save_pretrained(folder, state_dict=loaded.state_dict())
+        tokenizer.save_pretrained(folder)
 
 
 def _split_digits(tokenizer: "PreTrainedTokenizerBase") -> None:

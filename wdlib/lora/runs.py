@@ -36,11 +36,11 @@ class Hyperparameters:
     """How to train; the defaults are those of docs/method.md, section 8.
 
     batch, accumulation: sequences of a micro-batch, and micro-batches of a step on all devices
-    together. weight_decay, max_grad_norm: not in the papers; of the unsloth template and Trainer.
-    max_length: tokens of an example, more than any of the default data set has. answers_only: the
-    loss counts the answers' tokens alone. dtype of the frozen base weights: "auto" is bfloat16
-    where the processor or GPU computes with it natively, float32 elsewhere; the adapter is always
-    float32.
+    together; a GPU divides a step otherwise (see `training`). weight_decay, max_grad_norm: not in
+    the papers; of the unsloth template and Trainer. max_length: tokens of an example, more than any
+    of the default data set has. answers_only: the loss counts the answers' tokens alone. dtype of
+    the frozen base weights: "auto" is bfloat16 where the processor or GPU computes with it
+    natively, float32 elsewhere; the adapter is always float32.
     Differs from the template: AdamW keeps its state in float32 instead of 8 bits.
     """
 

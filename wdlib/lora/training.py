@@ -2,21 +2,20 @@
 
 The run is transformers' `Trainer` on a model that `lora.attach` prepared (docs/method.md, section
 8). Which examples form a step, and in which order, depends on the data set and the seed alone, so
-that runs with other initialisations pair with it. Within a step, examples of similar length share
-a micro-batch: the step's loss is the mean over all its tokens however they are divided, and less
-padding is computed. A run that was stopped at any moment continues at its last whole checkpoint; a
-finished one is not repeated.
+that runs with other initialisations pair with it. The step's loss is the mean over all its tokens
+however they are divided. So examples of similar length share a micro-batch, which saves padding,
+and a GPU computes a step in as few micro-batches as its memory holds. A run that was stopped at any
+moment continues at its last whole checkpoint; a finished one is not repeated.
 """
 
 import json
 import logging
 import platform
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy as np
 
 from wdlib import WdlibError, __version__, characterise, paths
 from wdlib.checkpoints import files
-from wdlib.lora import data, initialisation, pretrained
+from wdlib.lora import data, devices, initialisation, pretrained
 from wdlib.lora.adapters import ADAPTER, LoraSettings, export
 from wdlib.lora.data import Example, Tokens
 from wdlib.lora.measure import step0
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-HELD_OUT_BATCH = 8
+HELD_OUT_BATCH = {"cpu": 8, "cuda": 64}
 STEP0_EXAMPLES = 4
 """The first held-out examples, on which `measure.step0` is measured."""
 
@@ -50,28 +49,8 @@ SAVE_EVERY = 10
 ADAPTER_FILE = "adapter/adapter_model.safetensors"
 """In a run's folder."""
 
-_RESULT, _START, _RUN, _WHOLE = "result.json", "start.json", "run.json", "whole"
+_RESULT, _START, _RUN = "result.json", "start.json", "run.json"
 _log = logging.getLogger(__name__)
-
-
-def process_state() -> Any:
-    """accelerate's view of the processes that train together, one without a launcher."""
-    import torch
-    from accelerate import PartialState
-
-    # Without a GPU, accelerate joins processes only if it is told so.
-    return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def native_dtype() -> str:
-    """ "bfloat16" where this machine's GPU, or its processor without one, computes with it."""
-    import torch
-
-    if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if native else "float32"
 
 
 def result(folder: str | Path) -> dict[str, Any] | None:
@@ -108,7 +87,7 @@ def train(
     if (folder / _RESULT).is_file():
         return folder
     begun = time.perf_counter()
-    state = process_state()
+    state = devices.process_state()
     if run.hyperparameters.accumulation % state.num_processes:
         raise WdlibError(
             f"{state.num_processes} processes cannot share {run.hyperparameters.accumulation} "
@@ -141,7 +120,7 @@ def train(
             },
             "initialisation": outcome.report and asdict(outcome.report),
             "versions": versions(),
-            "machine": _machine(state),
+            "machine": {**devices.machine(), "micro_batches": outcome.micro_batches},
             "seconds": {
                 "preparation": outcome.ready - begun,
                 "steps": sum(step["seconds"] for step in outcome.curve),
@@ -180,13 +159,15 @@ class _Outcome:
     """What a run came to.
 
     start: held-out loss and step 0, before training. after: held-out loss. curve: a row per step.
-    ready: `time.perf_counter` as training could begin. adapter: its file. report: of its start.
+    ready: `time.perf_counter` as training could begin. micro_batches: their sizes, more than one if
+    memory was short. adapter: its file. report: of its start.
     """
 
     start: dict[str, Any]
     after: dict[str, Any]
     curve: list[dict[str, Any]]
     ready: float
+    micro_batches: list[int] = field(default_factory=list)
     adapter: Path | None = None
     report: initialisation.Report | None = None
 
@@ -213,7 +194,7 @@ def _tokens(run: Run, rows: Sequence[Example], tokenizer: "PreTrainedTokenizerBa
 def _dtype(run: Run) -> str:
     """The data type of the frozen weights on this machine."""
     asked = run.hyperparameters.dtype
-    return native_dtype() if asked == "auto" else asked
+    return devices.native_dtype() if asked == "auto" else asked
 
 
 def _measure_untrained(
@@ -254,11 +235,11 @@ def _train_adapter(
 
     start = _measured_once(folder / _START, measure)
     ready = time.perf_counter()
-    curve = _fit(model, tokens.ordered, run, folder=folder, save_every=save_every)
+    curve, sizes = _fit(model, tokens.ordered, run, folder=folder, save_every=save_every)
     after = held_out_loss(model, tokens.held_out)
-    if process_state().is_main_process:
+    if devices.process_state().is_main_process:
         export(model, folder / "adapter")
-    return _Outcome(start, after, curve, ready, folder / ADAPTER_FILE, report)
+    return _Outcome(start, after, curve, ready, sizes, folder / ADAPTER_FILE, report)
 
 
 def _claim(run: Run, folder: Path) -> None:
@@ -300,19 +281,36 @@ def _measured_once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[st
 
 
 def held_out_loss(
-    model: "torch.nn.Module", sequences: Sequence[Tokens], *, batch: int = HELD_OUT_BATCH
+    model: "torch.nn.Module", sequences: Sequence[Tokens], *, batch: int | None = None
 ) -> dict[str, Any]:
     """Loss on examples that are not trained on, dropout off; the model is left as it was.
 
+    Arguments: batch, examples computed at a time, fewer where memory is short; by default what
+    HELD_OUT_BATCH has for the model's device.
     Returns: loss, mean over all predicted tokens in nats; sums and tokens, of each example in
     order, from which a paired test can be computed.
     """
+    device, training = next(model.parameters()).device, model.training
+    size = batch or HELD_OUT_BATCH.get(device.type, HELD_OUT_BATCH["cpu"])
+    model.eval()
+    try:
+        sums = devices.halving(
+            lambda size: _summed_losses(model, sequences, device, size), size, what="examples"
+        )
+    finally:
+        model.train(training)
+    tokens = [s.counted for s in sequences]
+    return {"loss": sum(sums) / sum(tokens), "sums": sums, "tokens": tokens}
+
+
+def _summed_losses(
+    model: "torch.nn.Module", sequences: Sequence[Tokens], device: "torch.device", batch: int
+) -> list[float]:
+    """The loss of each example, summed over its tokens, in nats; examples of a length together."""
     import torch
 
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
-    sums, tokens = [0.0] * len(order), [0] * len(order)
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
+    sums = [0.0] * len(order)
     with torch.inference_mode():
         for first in range(0, len(order), batch):
             chosen = order[first : first + batch]
@@ -323,38 +321,55 @@ def held_out_loss(
                 losses = torch.nn.functional.cross_entropy(
                     row[:-1][counted].float(), labels[1:][counted], reduction="none"
                 )
-                sums[i], tokens[i] = float(losses.cpu().double().sum()), int(counted.sum())
-    model.train(training)
-    return {"loss": sum(sums) / sum(tokens), "sums": sums, "tokens": tokens}
+                sums[i] = float(losses.cpu().double().sum())
+    return sums
 
 
 def _fit(
     model: "torch.nn.Module", ordered: list[Tokens], run: Run, *, folder: Path, save_every: int
-) -> list[dict]:
-    """Train on the sequences in their order; one row per step.
+) -> tuple[list[dict], list[int]]:
+    """Train on the sequences in their order; one row per step, and the sizes of micro-batches.
 
     Row: step, loss (mean per token, nats), grad_norm (before clipping), learning_rate, seconds,
     tokens (predicted), padded (positions computed, padding included).
     """
-    trainer = _trainer(model, ordered, run, folder=folder / "checkpoints", save_every=save_every)
-    with pretrained.quiet(), warnings.catch_warnings():
-        # A checkpoint's adapter does not hold the vocabulary, whatever the base's folder lacks.
-        warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)
-        trainer.train(resume_from_checkpoint=_last_whole(folder / "checkpoints"))
+    state, h = devices.process_state(), run.hyperparameters
+    per_step = h.batch * h.accumulation
+    first = per_step // state.num_processes if state.device.type == "cuda" else h.batch
+    begin = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def attempt(size: int) -> Any:
+        share = per_step // state.num_processes
+        micro_batch = max(d for d in range(1, size + 1) if share % d == 0)
+        model.load_state_dict(begin, strict=False)
+        trainer = _trainer(
+            model,
+            ordered,
+            run,
+            micro_batch=micro_batch,
+            folder=folder / "checkpoints",
+            save_every=save_every,
+        )
+        with pretrained.quiet(), warnings.catch_warnings():
+            # A checkpoint's adapter does not hold the vocabulary, whatever the base's folder lacks.
+            warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)
+            trainer.train(resume_from_checkpoint=_last_whole(folder / "checkpoints"))
+        return trainer
+
+    # Processes that train together would no longer take the same steps.
+    smallest = 1 if state.num_processes == 1 else first
+    trainer = devices.halving(attempt, first, smallest=smallest, what="examples of a step")
     if trainer.is_world_process_zero():
         (folder / "state").mkdir(exist_ok=True)
         trainer.state.save_to_json(str(folder / "state" / "trainer_state.json"))
-    rows = [row for row in trainer.state.log_history if "loss" in row]
-    h = run.hyperparameters
+    rows = [{"micro_batch": h.batch, **row} for row in trainer.state.log_history if "loss" in row]
     keys = ("step", "loss", "grad_norm", "learning_rate", "seconds")
-    per_step = h.batch * h.accumulation
     curve = []
     for row in rows:
         last = row["step"] * per_step
-        curve.append(
-            {key: row[key] for key in keys} | token_counts(ordered[last - per_step : last], h.batch)
-        )
-    return curve
+        counts = token_counts(ordered[last - per_step : last], row["micro_batch"])
+        curve.append({key: row[key] for key in keys} | counts)
+    return curve, list(dict.fromkeys(row["micro_batch"] for row in rows))
 
 
 def token_counts(step: list[Tokens], batch: int) -> dict[str, int]:
@@ -367,28 +382,33 @@ def token_counts(step: list[Tokens], batch: int) -> dict[str, int]:
 
 
 def _trainer(
-    model: "torch.nn.Module", ordered: list[Tokens], run: Run, *, folder: Path, save_every: int
+    model: "torch.nn.Module",
+    ordered: list[Tokens],
+    run: Run,
+    *,
+    micro_batch: int,
+    folder: Path,
+    save_every: int,
 ) -> Any:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class Watch(TrainerCallback):
-        """Adds the time of each step to its row, and marks each checkpoint that is whole."""
+        """Adds time and micro-batch of each step to its row, and marks checkpoints as whole."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.begun = time.perf_counter()
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.seconds = time.perf_counter() - self.begun
-
         def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # Here, where the loss has been read: a GPU has done by now what it was told.
             if "loss" in state.log_history[-1]:
-                state.log_history[-1]["seconds"] = self.seconds
+                seconds = time.perf_counter() - self.begun
+                state.log_history[-1] |= {"seconds": seconds, "micro_batch": micro_batch}
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
-                _mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+                paths.mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     class AdapterTrainer(Trainer):
         """Resumes every adapter of the model; Trainer's own way switches all but one off."""
@@ -400,19 +420,21 @@ def _trainer(
                 state = load_file(part / "adapter_model.safetensors")
                 set_peft_model_state_dict(target, state, adapter_name=name)
 
-    h = run.hyperparameters
+    h, state = run.hyperparameters, devices.process_state()
     with pretrained.quiet():
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=h.steps,
-            per_device_train_batch_size=h.batch,
-            gradient_accumulation_steps=h.accumulation // process_state().num_processes,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=(
+                h.batch * h.accumulation // (micro_batch * state.num_processes)
+            ),
             learning_rate=h.learning_rate,
             weight_decay=h.weight_decay,
             max_grad_norm=h.max_grad_norm,
             lr_scheduler_type="linear",
             warmup_steps=h.warmup_steps,
-            optim="adamw_torch",
+            optim="adamw_torch_fused" if state.device.type == "cuda" else "adamw_torch",
             seed=run.seed,
             train_sampling_strategy="sequential",
             logging_steps=1,
@@ -438,27 +460,11 @@ def _trainer(
     return trainer
 
 
-def _mark_whole(checkpoint: Path) -> None:
-    """Say of a checkpoint that it is written to its end, and what its files hold."""
-    files = {p: p.relative_to(checkpoint).as_posix() for p in sorted(checkpoint.rglob("*"))}
-    held = {name: paths.file_sha256(p) for p, name in files.items() if p.is_file()}
-    paths.write_text(checkpoint / _WHOLE, json.dumps(held))
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end and all of its files are as they were then."""
-    if not (checkpoint / _WHOLE).is_file():
-        return False
-    held = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8") or "{}")
-    found = {checkpoint / name: sha256 for name, sha256 in held.items()}
-    return all(p.is_file() and paths.file_sha256(p) == sha256 for p, sha256 in found.items())
-
-
 def _last_whole(folder: Path) -> str | None:
     """The last checkpoint that is whole; what is not, or is damaged, is removed."""
     whole = []
     for path in folder.glob("checkpoint-*"):
-        if _is_whole(path):
+        if paths.is_whole(path):
             whole.append(path)
         else:
             _log.warning("%s is not whole and is removed: the run goes on before it", path)
@@ -473,17 +479,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "wdlib": __version__,
         **{name: metadata.version(name) for name in packages},
-    }
-
-
-def _machine(state: Any) -> dict[str, Any]:
-    import torch
-
-    return {
-        "platform": f"{sys.platform} {platform.machine()}",
-        "device": str(state.device),
-        "processes": state.num_processes,
-        "threads": torch.get_num_threads(),
     }
 
 
