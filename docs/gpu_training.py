@@ -153,7 +153,7 @@ def workers(options: Options) -> dict[str, Any]:
         ended.append(time.perf_counter() - begun)
         print(f"{ended[-1]:7.1f} s  {line}", file=sys.stderr, flush=True)
 
-    with spectra.jobs.processes(options.workers) as executor:
+    with spectra.workers.processes(options.workers) as executor:
         grid.run_grid(
             left, executor=executor, data_folder=options.data_folder, progress=progress, **places
         )

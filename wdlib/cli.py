@@ -165,7 +165,7 @@ def _experiments(options: argparse.Namespace) -> None:
 
     from wdlib.lora.grid import chosen, run_grid, state
     from wdlib.notebooks import Progress
-    from wdlib.spectra import jobs
+    from wdlib.spectra import workers
 
     todo = chosen(options.grid, only=options.only)
     if options.dry_run:
@@ -179,7 +179,7 @@ def _experiments(options: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(options.threads or max(1, min(2, (cores or 1) // options.workers)))
     settings = {"data_folder": options.data_folder, "progress": Progress(sys.stderr).line}
-    with jobs.processes(options.workers) if options.workers > 1 else nullcontext() as executor:
+    with workers.processes(options.workers) if options.workers > 1 else nullcontext() as executor:
         run_grid(todo, executor=executor, **settings)
 
 

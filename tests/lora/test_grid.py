@@ -38,7 +38,7 @@ from wdlib.lora.grid import (
 )
 from wdlib.lora.results import fingerprint_file, load_result
 from wdlib.lora.scores import Evaluation
-from wdlib.spectra import jobs
+from wdlib.spectra import workers
 
 GRID = """
 defaults: {model: MODEL, steps: 2, dtype: float32}
@@ -334,7 +334,7 @@ def test_workers_share_a_grid(grid, places, home):
     """Each in a process of its own, which no monkeypatch reaches: so without an evaluation."""
     grid.write_text(grid.read_text().replace("{tasks: [arc_challenge, hellaswag]}", "{tasks: []}"))
     torch.set_num_threads(1)
-    with jobs.processes(2) as executor:
+    with workers.processes(2) as executor:
         said = do_grid(grid, places, home, "second", executor)
     assert states(grid, places, "second") == [FINISHED] * 2
     assert [line.startswith("held-out loss") for line in said] == [True, True]
@@ -351,13 +351,13 @@ def test_a_failure_in_a_worker_is_told(grid, places, home):
     (places["work"] / chosen_cells[0].run.key).mkdir(parents=True)
     (places["work"] / chosen_cells[0].run.key / "run.json").write_text("[1]")
     grid.write_text(grid.read_text().replace("{tasks: [arc_challenge, hellaswag]}", "{tasks: []}"))
-    with jobs.processes(2) as executor, pytest.raises(WdlibError, match="1 of 2 cells failed"):
+    with workers.processes(2) as executor, pytest.raises(WdlibError, match="1 of 2 cells failed"):
         do_grid(grid, places, home, "second", executor)
     assert states(grid, places, "second") == [BEGUN, FINISHED]
 
 
 def test_a_lost_worker_is_told(grid, places, home):
-    with jobs.processes(1) as executor:
+    with workers.processes(1) as executor:
         executor.submit(os._exit, 1)
         with pytest.raises(WdlibError, match="a process that did a cell was lost"):
             do_grid(grid, places, home, "second", executor)

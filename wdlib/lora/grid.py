@@ -168,9 +168,9 @@ def run_grid(
     """Do some cells of a grid in their order; a cell that fails is logged and the rest goes on.
 
     Arguments: executor, whose processes do a cell each at a time, with as many threads as torch has
-    here (see `jobs.processes`), None for this process; data_folder, with the files of the data sets
-    and benchmarks, None for the hub; progress, told in one line what is done. Results differ in the
-    last digits with the number of torch's threads, which is left as it is set.
+    here (see `workers.processes`), None for this process; data_folder, with the files of the data
+    sets and benchmarks, None for the hub; progress, told in one line what is done. Results differ
+    in the last digits with the number of torch's threads, which is left as it is set.
     Raises: WdlibError for processes of one launcher, where a process of the executor was lost, and
     at the end where cells failed.
     """
