@@ -4,6 +4,7 @@ torch's own CPU device stands for the others, so that no line of theirs goes unt
 no GPU: as one with fast float64, with slow, and with none, as mps.
 """
 
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -36,11 +37,12 @@ THERE = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()
 @pytest.fixture(params=[*STAND_INS, *THERE])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a device, for which torch's CPU stands in where it is not there."""
+    # So that small matrices take the fast method.
+    monkeypatch.setattr(Torch, "dense_dimension", NUMPY.dense_dimension)
     if request.param in THERE:
         return request.param
     stand_in = Torch("cpu")
     stand_in.exact, stand_in.single_product, name = STAND_INS[request.param]
-    stand_in.dense_dimension = NUMPY.dense_dimension  # so that small matrices take the fast method
     for room in (kernel, arrays, jobs):
         monkeypatch.setattr(room, "check_device", lambda device: None)
     monkeypatch.setattr(kernel, "Torch", lambda device: stand_in)
@@ -150,7 +152,7 @@ def test_what_does_not_fit_is_computed_by_the_cpu(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Torch, "gram", full)
+    monkeypatch.setattr(Torch, "largest", full)
     W = gaussian(N, M)
     with pytest.warns(RuntimeWarning, match="memory of .* is too small for some"):
         found = top_singular_values(W, 16, device=device, name="tensor a")
@@ -214,3 +216,18 @@ def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(WdlibError, match=r"cuda needs torch.* wdlib\[lora\]"):
         arrays.check_device("cuda")
+
+
+@pytest.mark.skipif(not THERE, reason="needs a device beside the CPU")
+def test_threads_may_be_the_first_to_use_a_device() -> None:
+    """torch loads its linear algebra for CUDA at first use, and fails where two threads do."""
+    program = f"""
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+import numpy as np
+from wdlib.spectra import top_singular_values
+matrices = np.random.default_rng(0).standard_normal((8, 1100, 1200))
+with ThreadPoolExecutor(8) as pool:
+    print(len(list(pool.map(partial(top_singular_values, r=16, device={THERE[0]!r}), matrices))))
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).stdout == b"8\n"

@@ -7,6 +7,7 @@ methods below, which `Numpy` and `Torch` share. A new backend is a third class.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,8 @@ class Torch:
         import torch
 
         self.torch, self.device = torch, torch.device(device)
+        with _FIRST:
+            _wake(self.device)
         self.exact = self.device.type != "mps"
         self.single_product = not (
             self.device.type == "cuda"
@@ -235,6 +238,20 @@ class Torch:
         G.addmm_(S, S.T, beta=-1).diagonal().add_(tau)
         L, info = self.torch.linalg.cholesky_ex(G)
         return None if info.item() else L
+
+
+_FIRST = Lock()
+
+
+@cache
+def _wake(device: Any) -> None:
+    """Loads torch's linear algebra for a device, which fails if two threads do it at once."""
+    import torch
+
+    one = torch.eye(2, device=device)
+    torch.linalg.solve_triangular(torch.linalg.cholesky_ex(one).L, one, upper=False)
+    if device.type != "mps":
+        torch.linalg.eigh(one.double())
 
 
 NUMPY = Numpy()
