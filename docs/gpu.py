@@ -1,7 +1,8 @@
 """Speed on one GPU, beside plain torch on the same card: `make bench-gpu`.
 
-Makes its own matrices and needs no network. Each part writes its JSON when it is done and is
-skipped when it is there, so that a run that was cut short goes on. Writes gpu.md and gpu.csv.
+Makes its own matrices; needs no network where the default model and, with --data-folder, the data
+sets are at hand. Each part keeps its results in --out and is skipped where they are there, so that
+a run that was cut short goes on: empty the folder to measure anew. Writes gpu.md and gpu.json.
 """
 
 import argparse
@@ -11,17 +12,23 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import gpu_training
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from wdlib import paths
-from wdlib.spectra import jobs, top_singular_values
+from wdlib import __version__, paths
+from wdlib.spectra import jobs, top_singular_values, workers
+
+HERE = Path(__file__).parent
 
 SHAPES = ((1024, 4096), (4096, 4096), (4096, 14336), (8192, 28672))
 RANKS = (16, 64, 256)
@@ -42,6 +49,7 @@ LLAMA = {  # a layer of Llama 3 8B, and how many there are
 }
 LAYERS, SHARDS = 32, 4
 OURS, YARDSTICK = "wdlib, certified", "svdvals, float32, tall"
+DENSE = "float64 product, eigvalsh"
 SMALL = 8
 """With --quick, every side is so many times shorter."""
 
@@ -95,7 +103,7 @@ def kernel(options: argparse.Namespace) -> list[dict[str, Any]]:
         exact, took = seconds(dense, device, 2)
         exact = exact.cpu().numpy()
         about = {"matrix": f"{n // scale} x {m // scale}"}
-        rows.append(about | {"way": "float64 product, eigvalsh", "seconds": took})
+        rows.append(about | {"way": DENSE, "seconds": took})
         del wide
         if n <= 4096:  # ten seconds beyond
             found, took = seconds(lambda tall=tall: torch.linalg.svdvals(tall), device, 1)
@@ -169,7 +177,20 @@ def model(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS = {function.__name__: function for function in (kernel, model)}
+def training(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A cell, its evaluation, and eight workers: gpu_training.py, part by part."""
+    out = options.out / "training"
+    command = [sys.executable, str(HERE / "gpu_training.py"), "--out", str(out)]
+    command += ["--device", options.device]
+    if options.data_folder:
+        command += ["--data-folder", str(options.data_folder)]
+    if options.quick:
+        command += ["--steps", "2", "--cells", "2", "--workers", "2", "--items", "4"]
+    subprocess.run(command, check=True)
+    return [{"part": p.stem} | json.loads(p.read_text()) for p in sorted(out.glob("*.json"))]
+
+
+PARTS = {function.__name__: function for function in (kernel, model, training)}
 
 
 def about(device: str) -> dict[str, str]:
@@ -179,29 +200,140 @@ def about(device: str) -> dict[str, str]:
         "Card": card,
         "Processor": f"{os.cpu_count()} cores, {platform.machine()}",
         "Versions": f"torch {torch.__version__}, Python {platform.python_version()}",
+        "wdlib": __version__,
+        "Date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [" | ".join(head), " | ".join("---" for _ in head), *(" | ".join(row) for row in rows)]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def kernel_table(rows: list[dict[str, Any]]) -> str:
+    """A line per matrix and r: plain torch's two ways, its sketch, and ours."""
+    lines = []
+    for row in (row for row in rows if row["way"] == OURS):
+        same = {
+            r["way"]: r
+            for r in rows
+            if r["matrix"] == row["matrix"] and r.get("r") in (None, row["r"])
+        }
+        plain, sketch = same.get(YARDSTICK), same["svd_lowrank"]
+        target = row.get("target")
+        lines.append(
+            (
+                row["matrix"],
+                str(row["r"]),
+                f"{plain['seconds']:.3f}" if plain else "",
+                f"{plain['error']:.0e}" if plain else "",
+                f"{same[DENSE]['seconds']:.3f}",
+                f"{sketch['error']:.0%}",
+                f"**{row['seconds']:.3f}**",
+                f"{row['error']:.0e}",
+                f"{row['bound']:.0e}",
+                f"{target:g} {'met' if row['seconds'] <= target else '**not met**'}"
+                if target
+                else "",
+            )
+        )
+    head = ("matrix", "r", "svdvals", "its error", "all eigenvalues", "svd_lowrank's error")
+    return table((*head, "ours", "error", "bound", "target"), lines)
+
+
+def model_table(kept: dict[str, Any], kernels: list[dict[str, Any]]) -> str:
+    """A line per job, beside plain svdvals of the same matrices, added up from the table above."""
+    plain = {row["matrix"]: row["seconds"] for row in kernels if row["way"] == YARDSTICK}
+    layer = sum(plain.get(f"{min(s)} x {max(s)}", float("nan")) for s in LLAMA.values())
+    lines = [
+        (
+            str(row["layers"]),
+            str(row["r"]),
+            f"{row['seconds']:.1f}",
+            f"{layer * row['layers']:.0f}",
+            row["methods"],
+            row["largest relative error"],
+            f"{row['memory']:.1f}" if "memory" in row else "",
+        )
+        for row in kept["rows"]
+    ]
+    head = ("layers", "r", "s", "svdvals, s", "methods", "largest bound", "memory")
+    return table(head, lines)
+
+
+def report(found: dict[str, dict[str, Any]]) -> str:
+    """The text of gpu.md."""
+    kernels = found["kernel"]["rows"]
+    facts = "".join(f"- {name}: {fact}\n" for name, fact in found["kernel"]["about"].items())
+    parts = {row["part"]: row for row in found["training"]["rows"]} if "training" in found else {}
+    return TEXT.format(
+        facts=facts,
+        kernels=kernel_table(kernels),
+        models=model_table(found["model"], kernels),
+        streams=found["model"]["about"].get("streams", workers.STREAMS),
+        training=gpu_training.table(parts),
+    )
+
+
+TEXT = """\
+# Speed on a GPU
+
+Written by `make bench-gpu`, all of it on one card; gpu.json holds the same numbers.
+
+{facts}
+## Singular values of one matrix
+
+Seconds, medians, of bfloat16 matrices that are on the card already. They are made up, with spectra
+as flat as real ones. `svdvals` is torch's in float32 of the tall orientation; "all eigenvalues" is
+torch's float64 product and `eigvalsh`, against which errors are taken: relative, the largest of the
+r values (of svdvals, of 16). The target is 1.3 times a prototype's time on an H100.
+
+{kernels}
+## A whole model
+
+Llama 3 8B's shapes, 7 matrices a layer, bfloat16 safetensors in the page cache, {streams} queues on
+the card; seconds from the call to the stored result, the hash of the files included. Memory is the
+card's, in units of the largest matrix in float64. Plain svdvals is added up from the table above.
+
+{models}
+## LoRA: a cell, its evaluation, and cells side by side
+
+SmolLM2-135M-Instruct, 60 steps of 8 examples.
+
+{training}
+"""
 
 
 def main() -> None:
     """Run the parts that are not there yet, and write the tables of all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda", help="as torch names it (default: cuda)")
-    parser.add_argument(
-        "--out", type=Path, default=paths.CACHE / "gpu", help="folder of the results"
+    add = parser.add_argument
+    add("--device", default="cuda", help="as torch names it (default: cuda)")
+    add("--out", type=Path, default=paths.CACHE / "gpu", help="folder of the parts' results")
+    add(
+        "--data-folder",
+        type=Path,
+        metavar="F",
+        help="of data sets and benchmarks, default: the hub",
     )
-    parser.add_argument("--quick", action="store_true", help="small, to see that it works")
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
+    add("--quick", action="store_true", help="small, to see that it works")
+    add("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.parts or PARTS:
+    found = {}
+    for name in PARTS:
         kept = options.out / f"{name}.json"
-        if not kept.exists():
-            rows = PARTS[name](options)
-            paths.write_text(
-                kept, json.dumps({"about": about(options.device), "rows": rows}, indent=1)
-            )
-        logging.info("%s: %s", name, kept)
+        if not kept.exists() and name in (options.parts or PARTS):
+            made = {"about": about(options.device), "rows": PARTS[name](options)}
+            paths.write_text(kept, json.dumps(made, indent=1) + "\n")
+        if kept.exists():
+            found[name] = json.loads(kept.read_text())
+    if found.keys() >= {"kernel", "model"}:
+        where = options.out if options.quick else HERE
+        paths.write_text(where / "gpu.json", json.dumps(found, indent=1) + "\n")
+        paths.write_text(where / "gpu.md", report(found))
 
 
 if __name__ == "__main__":

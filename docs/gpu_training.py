@@ -157,7 +157,12 @@ def workers(options: Options) -> dict[str, Any]:
         grid.run_grid(
             left, executor=executor, data_folder=options.data_folder, progress=progress, **places
         )
-    return {"cells": len(left), "seconds": time.perf_counter() - begun, "ended": ended}
+    return {
+        "cells": len(left),
+        "workers": options.workers,
+        "seconds": time.perf_counter() - begun,
+        "ended": ended,
+    }
 
 
 def _run(options: Options, *, seed: int, init: str = "default") -> Any:
@@ -218,7 +223,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     if part := found.get("load"):
         rows += [(f"model, {name} load", part[name], None) for name in ("first", "second")]
     if part := found.get("micro-batches"):
-        rows += [(name, value, None) for name, value in part.items() if name != "process"]
+        named = {name: value for name, value in part.items() if isinstance(value, float)}
+        rows += [(name, value, None) for name, value in named.items() if name != "process"]
     if part := found.get("cell"):
         rows.append(("one cell without evaluation, its process", part["process"], TARGETS["cell"]))
         names = ("preparation", "steps", "this_call", "run_cell")
@@ -227,7 +233,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         rows.append(("tier 1's evaluation", part["evaluate"], TARGETS["evaluation"]))
         rows += [(f"- {name}", task["seconds"], None) for name, task in part["tasks"].items()]
     if (part := found.get("workers")) and part["cells"]:
-        name = f"{part['cells']} cells by workers, each"
+        name = f"{part['cells']} cells by {part['workers']} workers, each"
         rows.append((name, part["seconds"] / part["cells"], TARGETS["workers"]))
     head = "| what | seconds | target on an H100 |\n| --- | --- | --- |\n"
     return head + "\n".join(f"| {n} | {s:.4g} | {t or ''} |" for n, s, t in rows)
