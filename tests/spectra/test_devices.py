@@ -70,18 +70,19 @@ def test_structured_matrices(name: str, device: str) -> None:
 
 
 def test_flat_matrices_are_answered_by_the_fast_method(device: str) -> None:
-    for n, m in ((1100, 1500), (1300, 1300)):
+    for n, m in ((800, 1000), (850, 850)):
         W = gaussian(n, m)
-        for r in (1, 16, 40):
+        exact = np.linalg.svd(W.astype(np.float64), compute_uv=False)
+        for r in (1, 16, 20):
             result = top_singular_values(W, r, device=device)
             assert result.method == "gram-lanczos"
-            assert_proven(W, result)
+            assert_proven(W, result, exact)
 
 
 def test_tensors_are_taken_in_their_own_type_and_where_they_are(device: str) -> None:
     place = device if device in THERE else "cpu"
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for V in (torch.from_numpy(gaussian(700, 900)), torch.from_numpy(gaussian(900, 700)).T):
+        for V in (torch.from_numpy(gaussian(400, 500)), torch.from_numpy(gaussian(500, 400)).T):
             W = V.to(dtype).to(place)
             exact = np.linalg.svd(W.double().cpu().numpy(), compute_uv=False)
             for where in (None, device, "cpu"):
@@ -94,7 +95,7 @@ def test_tensors_are_taken_in_their_own_type_and_where_they_are(device: str) -> 
 
 
 def test_bits_of_bfloat16_are_what_they_say(device: str) -> None:
-    W = gaussian(700, 900)
+    W = gaussian(400, 500)
     bits = (W.view(np.uint32) >> 16).astype(np.uint16).view(BFLOAT16)
     exact = np.linalg.svd(
         torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).double().numpy(),
