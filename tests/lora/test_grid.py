@@ -369,9 +369,25 @@ def test_a_model_is_evaluated_where_it_was_trained(grid, places, do_all, asked, 
         forget(cell, places)
     gpu = SimpleNamespace(num_processes=1, device=torch.device("meta"))
     monkeypatch.setattr(devices, "process_state", lambda: gpu)
+    monkeypatch.setattr(devices, "check_kind", lambda *_, **__: None)
     do_all("second")
     assert [model.device.type for model, _ in grown.asked] == ["cpu"] * 7
     assert [model.device.type for model, _ in asked] == ["meta"] * 2
+
+
+@pytest.mark.usefixtures("asked", "copied")
+def test_results_of_another_kind_of_device_are_left_alone(grid, places, home, monkeypatch):
+    cell = cells(grid)[-1]
+    forget(cell, places)
+    there = {path: path.read_bytes() for path in places["results"].iterdir()}
+    gpu = SimpleNamespace(num_processes=1, device=torch.device("cuda"))
+    monkeypatch.setattr(devices, "process_state", lambda: gpu)
+    apart = {**places, "results": places["results"].parent / "apart"}
+    for where in (places, apart):  # apart, the trained adapter in the cache is the CPU's still
+        with pytest.raises(WdlibError, match="is of the device 'cpu' .*own .--results"):
+            run_cell(cell, data_folder=home / "data", **where)
+    assert {path: path.read_bytes() for path in places["results"].iterdir()} == there
+    assert not apart["results"].exists()
 
 
 @pytest.mark.usefixtures("asked", "copied")
