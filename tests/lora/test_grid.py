@@ -16,7 +16,7 @@ from numpy.testing import assert_allclose
 from peft import PeftModel
 from tiny_lora import ARC, GPQA, HELLASWAG, REFERENCE
 
-from wdlib import TYPES, WdlibError, paths
+from wdlib import TYPES, WdlibError, cli, paths
 from wdlib.fingerprints import record
 from wdlib.fingerprints.clusters import cluster
 from wdlib.lora import data, devices, evaluation, pretrained, scores, training
@@ -344,6 +344,39 @@ def test_workers_share_a_grid(grid, places, home):
         alone = training.train(cell.run, places["work"] / "alone", data_folder=home / "data")
         assert training.result(alone)["hashes"] == report["hashes"]
         shutil.rmtree(alone)
+
+
+@pytest.mark.parametrize(
+    ("cores", "words", "threads"),
+    [
+        (16, [], 2),
+        (1, [], 1),
+        (16, ["--workers", "8"], 2),
+        (8, ["--workers", "8"], 1),
+        (2, ["--workers", "4"], 1),
+        (2, ["--threads", "5"], 5),
+    ],
+)
+def test_the_command_divides_the_cores(grid, home, tmp_path, monkeypatch, cores, words, threads):
+    seen = []
+
+    def run_grid(todo, *, executor, **places):
+        seen.append((todo, executor is not None, torch.get_num_threads(), places))
+
+    monkeypatch.setattr("wdlib.lora.grid.run_grid", run_grid)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    before = torch.get_num_threads()
+    try:
+        told = ["--only", "second", "--results", str(tmp_path / "mine"), *words]
+        assert cli.main(["experiments", str(grid), *told]) == 0
+    finally:
+        torch.set_num_threads(before)
+    ((todo, shared, used, places),) = seen
+    assert todo == chosen(grid, only="second")
+    assert shared == ("--workers" in words)
+    assert used == threads
+    assert places["results"] == tmp_path / "mine"
+    assert places["work"].is_relative_to(tmp_path / "mine")  # adapters of this device, apart
 
 
 def test_a_failure_in_a_worker_is_told(grid, places, home):
