@@ -238,6 +238,51 @@ def write_gguf(path: Path, architecture: str, tensors: dict, fields: dict | None
     return path
 
 
+def write_gguf_llama(path: Path, *, tied: bool = True, digits: bool = True) -> Path:
+    """A Llama as llama.cpp writes one: partly quantised, with a byte-level BPE and a template."""
+    import gguf
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = ["1 2", "t h", "th e", "Ġ the"]
+    tokens = [*alphabet, *(m.replace(" ", "") for m in merges), "<start>", "<end>"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(len(tokens))
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm" if digits else "gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 2) + [3, 3])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(len(tokens) - 2)
+    writer.add_eos_token_id(len(tokens) - 1)
+    writer.add_pad_token_id(len(tokens) - 1)
+    writer.add_chat_template("{% for m in messages %}<start>{{ m.content }}<end>{% endfor %}")
+    rng = np.random.default_rng(0)
+    tables = {"token_embd.weight": (len(tokens), 32)}
+    tables |= {} if tied else {"output.weight": (len(tokens), 32)}
+    for layer in (0, 1):
+        tables |= {gguf_name(layer, k): shape for k, shape in shapes(32, 64).items()}
+        tables |= {f"blk.{layer}.{norm}.weight": (32,) for norm in ("attn_norm", "ffn_norm")}
+    for name, shape in (tables | {"output_norm.weight": (32,)}).items():
+        kind = gguf.GGMLQuantizationType.F32 if len(shape) == 1 else gguf.GGMLQuantizationType.Q4_1
+        values = rng.standard_normal(shape).astype(np.float32)
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 # Models of transformers -----------------------------------------------------------------------
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}

@@ -163,24 +163,28 @@ def _fingerprint(options: argparse.Namespace) -> None:
 def _experiments(options: argparse.Namespace) -> None:
     from contextlib import nullcontext
 
-    from wdlib.lora.grid import chosen, run_grid, state
+    from wdlib.lora.grid import WORK, chosen, run_grid, state
+    from wdlib.lora.results import RESULTS
     from wdlib.notebooks import Progress
     from wdlib.spectra import workers
 
-    todo = chosen(options.grid, only=options.only)
+    todo, places = chosen(options.grid, only=options.only), {"results": RESULTS, "work": WORK}
+    if options.results:
+        places = {"results": options.results, "work": options.results / "work"}
     if options.dry_run:
         for cell in todo:
             needed = cell.run.characterisation()
             name = "-" if needed is None else needed.stem
-            print(f"{cell.tier}  {cell.run.key}  {name}  {state(cell)}")
+            print(f"{cell.tier}  {cell.run.key}  {name}  {state(cell, **places)}")
         return
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(options.threads or max(1, min(2, (cores or 1) // options.workers)))
-    settings = {"data_folder": options.data_folder, "progress": Progress(sys.stderr).line}
+    settings = {"data_folder": options.data_folder, **places}
+    progress = Progress(sys.stderr).line
     with workers.processes(options.workers) if options.workers > 1 else nullcontext() as executor:
-        run_grid(todo, executor=executor, **settings)
+        run_grid(todo, executor=executor, progress=progress, **settings)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -252,6 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     add("grid", nargs="?", type=Path, default=grid, metavar="GRID")
     add("--data-folder", type=Path, metavar="F", help="default: the hub")
     add("--only", metavar="TIER", help="a tier, or the start of keys")
+    add("--results", type=Path, metavar="F", help="for runs that are not those of this checkout")
     add("--dry-run", action="store_true", help="list cells and states")
     add("--workers", type=_positive, default=1, metavar="N", help="cells at a time")
     add("--threads", type=_positive, metavar="N", help="of each; default: 2 if there are enough")

@@ -107,6 +107,35 @@ def test_trees_equal_one_request_at_a_time(
     np.testing.assert_array_equal(found[:, 1], expected[:, 1])
 
 
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_scored_twice(
+    model, tokenizer, data, monkeypatch, caplog
+) -> None:
+    given = asked(ARC, data)
+    whole = ours(model, tokenizer, given)
+    forward, sizes = evaluation._logits, []
+
+    def limited(*arguments, input_ids, **inputs):
+        if input_ids.numel() > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate it.")
+        sizes.append(input_ids.numel())
+        return forward(*arguments, input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(evaluation, "_logits", limited)
+    monkeypatch.setattr(evaluation, "TREE_TOKENS", 150)
+    halved = ours(model, tokenizer, given)
+    np.testing.assert_allclose(halved[:, 0], whole[:, 0], atol=1e-4, rtol=0)
+    assert max(sizes) > 150  # as much as fits, not one tree at a time
+    said = [r.getMessage() for r in caplog.records]
+    assert said[0] == "2048 tokens do not fit the device: going on with 1024"
+    monkeypatch.setattr(evaluation, "TREE_TOKENS", 1024)
+    with pytest.raises(torch.OutOfMemoryError):
+        ours(model, tokenizer, given)
+
+
+def test_an_evaluation_names_its_device(measured) -> None:
+    assert {task["device"] for task in measured.made["tasks"].values()} == {"cpu"}
+
+
 def test_text_longer_than_the_model_is_cut_as_the_harness_cuts_it(tokenizer, data) -> None:
     short = answering(max_position_embeddings=24)
     given = asked(HELLASWAG, data)

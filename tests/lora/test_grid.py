@@ -16,7 +16,7 @@ from numpy.testing import assert_allclose
 from peft import PeftModel
 from tiny_lora import ARC, GPQA, HELLASWAG, REFERENCE
 
-from wdlib import TYPES, WdlibError, paths
+from wdlib import TYPES, WdlibError, cli, paths
 from wdlib.fingerprints import record
 from wdlib.fingerprints.clusters import cluster
 from wdlib.lora import data, devices, evaluation, pretrained, scores, training
@@ -346,6 +346,39 @@ def test_workers_share_a_grid(grid, places, home):
         shutil.rmtree(alone)
 
 
+@pytest.mark.parametrize(
+    ("cores", "words", "threads"),
+    [
+        (16, [], 2),
+        (1, [], 1),
+        (16, ["--workers", "8"], 2),
+        (8, ["--workers", "8"], 1),
+        (2, ["--workers", "4"], 1),
+        (2, ["--threads", "5"], 5),
+    ],
+)
+def test_the_command_divides_the_cores(grid, home, tmp_path, monkeypatch, cores, words, threads):
+    seen = []
+
+    def run_grid(todo, *, executor, **places):
+        seen.append((todo, executor is not None, torch.get_num_threads(), places))
+
+    monkeypatch.setattr("wdlib.lora.grid.run_grid", run_grid)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    before = torch.get_num_threads()
+    try:
+        told = ["--only", "second", "--results", str(tmp_path / "mine"), *words]
+        assert cli.main(["experiments", str(grid), *told]) == 0
+    finally:
+        torch.set_num_threads(before)
+    ((todo, shared, used, places),) = seen
+    assert todo == chosen(grid, only="second")
+    assert shared == ("--workers" in words)
+    assert used == threads
+    assert places["results"] == tmp_path / "mine"
+    assert places["work"].is_relative_to(tmp_path / "mine")  # adapters of this device, apart
+
+
 def test_a_failure_in_a_worker_is_told(grid, places, home):
     chosen_cells = chosen(grid, only="second")
     (places["work"] / chosen_cells[0].run.key).mkdir(parents=True)
@@ -369,9 +402,25 @@ def test_a_model_is_evaluated_where_it_was_trained(grid, places, do_all, asked, 
         forget(cell, places)
     gpu = SimpleNamespace(num_processes=1, device=torch.device("meta"))
     monkeypatch.setattr(devices, "process_state", lambda: gpu)
+    monkeypatch.setattr(devices, "check_kind", lambda *_, **__: None)
     do_all("second")
     assert [model.device.type for model, _ in grown.asked] == ["cpu"] * 7
     assert [model.device.type for model, _ in asked] == ["meta"] * 2
+
+
+@pytest.mark.usefixtures("asked", "copied")
+def test_results_of_another_kind_of_device_are_left_alone(grid, places, home, monkeypatch):
+    cell = cells(grid)[-1]
+    forget(cell, places)
+    there = {path: path.read_bytes() for path in places["results"].iterdir()}
+    gpu = SimpleNamespace(num_processes=1, device=torch.device("cuda"))
+    monkeypatch.setattr(devices, "process_state", lambda: gpu)
+    apart = {**places, "results": places["results"].parent / "apart"}
+    for where in (places, apart):  # apart, the trained adapter in the cache is the CPU's still
+        with pytest.raises(WdlibError, match="is of the device 'cpu' .*own .--results"):
+            run_cell(cell, data_folder=home / "data", **where)
+    assert {path: path.read_bytes() for path in places["results"].iterdir()} == there
+    assert not apart["results"].exists()
 
 
 @pytest.mark.usefixtures("asked", "copied")

@@ -1,6 +1,9 @@
 """Models for transformers, from GGUF files and from folders."""
 
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -8,9 +11,17 @@ import pytest
 import tiny
 import torch
 from tiny_lora import GROUPS, distance, logits
-from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+)
 
-from wdlib import WdlibError
+from wdlib import WdlibError, paths
 from wdlib.checkpoints import stream
 from wdlib.checkpoints.catalogue import DEFAULT
 from wdlib.checkpoints.files import Checkpoint
@@ -52,6 +63,177 @@ def test_a_dequantised_model_can_be_saved_and_loaded(smollm, prompt, tmp_path):
 
 def test_input_and_output_embeddings_stay_one(smollm):
     assert smollm.model.lm_head.weight is smollm.model.model.embed_tokens.weight
+
+
+# A GGUF file is converted once ----------------------------------------------------------------
+
+
+@pytest.fixture(params=[(True, True), (False, False)], ids=["tied, digits", "untied"])
+def gguf(request, house):
+    tied, digits = request.param
+    return tiny.write_gguf_llama(house / "tiny.gguf", tied=tied, digits=digits)
+
+
+def direct(file, dtype="float32"):
+    """Model and tokenizer as transformers itself reads them from the file."""
+    options = {"gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **options)
+    return model, AutoTokenizer.from_pretrained(file.parent, **options)
+
+
+def same(one, two):
+    """Whether two models are one, bit for bit, and as alike as their settings."""
+    a, b = one.state_dict(), two.state_dict()
+    assert a.keys() == b.keys()
+    assert {name: v.dtype for name, v in a.items()} == {name: v.dtype for name, v in b.items()}
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    # Where it was read from, the quantisation that is undone, and the class's own name.
+    own = dict.fromkeys(("_name_or_path", "quantization_config", "architectures"))
+    c, d = (m.config.to_dict() | own for m in (one, two))
+    assert c == d
+    assert one.generation_config.to_dict() == two.generation_config.to_dict()
+    tied = [m.get_input_embeddings().weight is m.get_output_embeddings().weight for m in (one, two)]
+    assert tied[0] == tied[1]
+    return True
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_converted_file_is_what_transformers_reads(gguf, dtype):
+    model, tokenizer = direct(gguf, dtype)
+    for _ in range(2):  # made, and read again
+        loaded = pretrained.load(gguf, dtype=dtype)
+        assert same(loaded.model, model)
+        assert not loaded.model.training
+        assert loaded.checkpoint.files == (gguf,)
+        assert loaded.checkpoint.source == "file tiny.gguf"
+        told = loaded.tokenizer.special_tokens_map, loaded.tokenizer.chat_template
+        assert told == (tokenizer.special_tokens_map, tokenizer.chat_template)
+        texts = ("the sum, theés", " the  the\n", "<start>the<end>")
+        assert [loaded.tokenizer(t).input_ids for t in texts] == [
+            tokenizer(t).input_ids for t in texts
+        ]
+        pieces = loaded.tokenizer.convert_ids_to_tokens(loaded.tokenizer("a 123").input_ids)
+        split = header(gguf)["tokenizer.ggml.pre"] == "smollm"
+        assert pieces[-3:] == (["1", "2", "3"] if split else ["Ġ", "12", "3"])
+    (folder,) = (paths.CACHE / "converted").glob("tiny-*/")
+    assert {p.name for p in folder.iterdir()} >= {"model.safetensors", "config.json", "whole"}
+
+
+def header(file):
+    from wdlib.checkpoints.headers import gguf_header
+
+    return gguf_header(file)[0]
+
+
+@pytest.fixture
+def conversions(monkeypatch):
+    """Counts them."""
+    convert, seen = pretrained._convert, []
+
+    def counted(checkpoint, folder):
+        seen.append(folder.name)
+        convert(checkpoint, folder)
+
+    monkeypatch.setattr(pretrained, "_convert", counted)
+    return seen
+
+
+def test_it_is_converted_once_and_again_where_something_that_decides_is_another(
+    house, conversions, monkeypatch
+):
+    file = tiny.write_gguf_llama(house / "tiny.gguf")
+    (house / "moved").mkdir()
+    moved = shutil.copy(file, house / "moved" / "tiny.gguf")
+    for name in (file, file, moved):
+        pretrained.load(name)
+    assert len(conversions) == 1
+    monkeypatch.setattr(pretrained.metadata, "version", lambda name: f"{name} 99")
+    pretrained.load(file)
+    tiny.write_gguf_llama(house / "tiny.gguf", tied=False)
+    pretrained.load(file)
+    assert len(set(conversions)) == 3
+
+
+@pytest.mark.parametrize("damage", ["model.safetensors", "tokenizer.json", "whole"])
+def test_a_damaged_conversion_is_made_again(house, conversions, damage, caplog):
+    file = tiny.write_gguf_llama(house / "tiny.gguf")
+    whole = pretrained.load(file)
+    (folder,) = (paths.CACHE / "converted").glob("tiny-*/")
+    path = folder / damage
+    if damage == "whole":
+        path.unlink()
+    else:
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.unlink()  # the loaded model still sees the file as it was
+        path.write_bytes(content)
+    again = pretrained.load(file)
+    assert same(whole.model, again.model)
+    assert len(conversions) == 2
+    assert "is damaged and is made again" in caplog.text
+
+
+def test_a_conversion_that_fails_leaves_nothing(house, monkeypatch):
+    file = tiny.write_gguf_llama(house / "tiny.gguf")
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "save_pretrained", fail)
+        with pytest.raises(WdlibError, match=r"4 bytes a parameter.*No space left.*WDLIB_CACHE"):
+            pretrained.load(file)
+    assert not list((paths.CACHE / "converted").glob("tiny-*/"))
+    assert pretrained.load(file).tokenizer
+
+
+LOAD = """
+import sys
+from pathlib import Path
+from wdlib import paths
+from wdlib.lora import pretrained
+paths.CACHE = Path(sys.argv[2])
+convert = pretrained._convert
+def told(*arguments):
+    print("converted", flush=True)
+    convert(*arguments)
+pretrained._convert = told
+print(pretrained.load(sys.argv[1]).model.num_parameters())
+"""
+
+
+def test_processes_that_need_it_at_once_convert_once(house):
+    file = tiny.write_gguf_llama(house / "tiny.gguf")
+    command = [sys.executable, "-c", LOAD, str(file), str(paths.CACHE)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=300)[0].split() for process in both]
+    assert sorted(len(lines) for lines in said) == [1, 2]
+    assert said[0][-1] == said[1][-1]
+
+
+def test_what_is_done_to_a_model_stays_out_of_the_cache(house):
+    file = tiny.write_gguf_llama(house / "tiny.gguf")
+    first = pretrained.load(file)
+    before = {name: value.clone() for name, value in first.model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in first.model.parameters():
+            parameter.add_(1)
+    after = pretrained.load(file).model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_the_default_model_is_what_transformers_reads(smollm):
+    """And the tokens of SmolLM's own text are its own, the digits apart."""
+    model, tokenizer = direct(smollm.checkpoint.files[0])
+    assert same(smollm.model, model)
+    assert smollm.tokenizer.special_tokens_map == tokenizer.special_tokens_map
+    assert smollm.tokenizer.chat_template == tokenizer.chat_template
+    pretrained._split_digits(tokenizer)
+    backends = (t.backend_tokenizer.to_str() for t in (smollm.tokenizer, tokenizer))
+    assert len(set(backends)) == 1
+
+
+# Folders ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture

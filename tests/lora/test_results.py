@@ -15,14 +15,16 @@ from wdlib.lora.runs import Hyperparameters, Run
 from wdlib.lora.scores import Evaluation
 
 
-def stored(right, *, losses=(3.0, 5.0), tokens=(1, 3), data="1", dtype="bfloat16"):
+def stored(right, *, losses=(3.0, 5.0), tokens=(1, 3), dtype="bfloat16", device="cpu", **hashes):
     """A cell whose ARC answers are right where the list says so."""
     values = np.full((len(right), 1, 4), -2.0, np.float32)
     values[np.arange(len(right)), 0, np.where(right, 0, 3)] = -1.0
     arc = tiny.scores(values, [0] * len(right))
     after = {"sums": list(losses), "tokens": list(tokens)}
-    report = {"held_out": {"after": after}, "hashes": {"data": data}, "dtype": "float32"}
-    return CellResult(report, Evaluation(Protocol((ARC,), dtype=dtype), {ARC: arc}, {}))
+    report = {"held_out": {"after": after}, "hashes": {"data": "1", **hashes}, "dtype": "float32"}
+    report["machine"] = {"device": device}
+    made = {"tasks": {ARC: {}, GPQA: {}}}
+    return CellResult(report, Evaluation(Protocol((ARC,), dtype=dtype), {ARC: arc}, made))
 
 
 def test_a_measure_is_the_mean_of_its_items():
@@ -33,7 +35,10 @@ def test_a_measure_is_the_mean_of_its_items():
     shown = np.zeros((3, 4, 4))
     shown[..., 0] = 1  # always "A"
     gpqa = tiny.scores(shown, [0, 0, 2])
-    lazy = replace(found[Run()], evaluation=Evaluation(Protocol((GPQA,)), {GPQA: gpqa}, {}))
+    lazy = replace(
+        found[Run()],
+        evaluation=Evaluation(Protocol((GPQA,)), {GPQA: gpqa}, found[Run()].evaluation.made),
+    )
     assert measured({Run(): lazy}, "default", "GPQA").tolist() == [[1, 1, 0]]
     assert measured({Run(): lazy}, "default", "GPQA, orders").tolist() == [[0.25] * 3]
     assert set(MEASURES) >= {"GPQA, debiased", "ARC, norm", "HellaSwag, norm"}
@@ -74,11 +79,40 @@ def test_what_was_not_measured_alike_does_not_pair():
         compare(losses=(3.0, 5.0, 1.0), tokens=(1, 3, 1))
     with pytest.raises(WdlibError, match=alike):
         compare("ARC", dtype="float32")
+    for measure in (LOSS, "ARC"):
+        with pytest.raises(WdlibError, match=alike):
+            compare(measure, device="cuda:0")
     found = {Run(): stored([True] * 4), Run(init="untrained"): stored([True] * 4)}
     arc = found[Run()].evaluation.scores[ARC]
     arc.items[2] = 77
     with pytest.raises(WdlibError, match=alike):
         paired(found, "default", "untrained", "ARC")
+
+
+def test_runs_whose_tokens_differ_do_not_pair():
+    """Lengths can be equal where the tokens are not; old runs do not know their tokens."""
+
+    def compare(*known, measure=LOSS):
+        hashes = [{"held-out tokens": tokens} if tokens else {} for tokens in known]
+        found = {
+            Run(): stored([True], **hashes[0]),
+            Run(init="pissa"): stored([False], **hashes[1]),
+        }
+        return paired(found, "default", "pissa", measure)
+
+    assert compare("a", "a") is not None
+    assert compare("a", None) is not None
+    for measure in (LOSS, "ARC"):
+        with pytest.raises(WdlibError, match="in the same way .data, tokens"):
+            compare("a", "b", measure=measure)
+
+
+def test_an_evaluation_on_another_device_does_not_pair():
+    found = {Run(): stored([True]), Run(init="pissa"): stored([False])}
+    found[Run()].evaluation.made["tasks"][ARC]["device"] = "cuda"
+    with pytest.raises(WdlibError, match="in the same way .data, tokens, device"):
+        paired(found, "default", "pissa", "ARC")
+    assert paired(found, "default", "pissa", LOSS) is not None
 
 
 def test_runs_that_a_variant_does_not_tell_apart_are_refused():

@@ -106,7 +106,9 @@ def test_the_folder_holds_a_stock_adapter_and_an_account(run, home, tmp_path):
     assert found["key"] == reshaped.key
     assert found["step0"]["shift"] == pytest.approx(0, abs=1e-5)
     assert found["initialisation"]["reference"] == REFERENCE
-    assert all(len(found["hashes"][k]) == 64 for k in ("model", "data", "characterisation"))
+    hashed = ("model", "data", "held-out tokens", "characterisation", "adapter")
+    assert all(len(found["hashes"][k]) == 64 for k in hashed)
+    assert found["machine"]["micro_batches"] == [2]
     assert found["dtype"] == "float32"
     assert found["versions"]["peft"]
     assert [row["step"] for row in found["curve"]] == [1, 2, 3, 4, 5]
@@ -214,6 +216,137 @@ def test_a_killed_run_goes_on_to_the_same_end(run, home, tmp_path):
     a, b = (training.result(f) for f in (whole, killed))
     assert a["held_out"] == b["held_out"]
     assert a["hashes"] == b["hashes"]
+
+
+def grown_gradients(run, home, folder, size):
+    """The gradients of one step's trained matrices, in float64, divided into micro-batches."""
+    from transformers import TrainerCallback
+
+    loaded = pretrained.load(run.model)
+    to_train, _ = split(examples("alpaca", folder=home / "data"))
+    rows = tokenise(to_train, loaded.tokenizer, max_length=run.hyperparameters.max_length)
+    model, _ = initialisation.attach(loaded.model, "gaussian", seed=run.seed)
+    model.double()
+
+    def exact(logits, labels, num_items_in_batch, **_):
+        """transformers' loss, which it computes in float32."""
+        counted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+        return (
+            torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), counted, ignore_index=IGNORED, reduction="sum"
+            )
+            / num_items_in_batch
+        )
+
+    model.get_base_model().loss_function = exact
+    found = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    found[name] = p.grad.clone()
+
+    plan = schedule(len(rows), 8, 1, run.seed)
+    ordered = [rows[i] for i in training.by_length(plan[0], rows)]
+    one = replace(run, hyperparameters=replace(SHORT, steps=1, max_grad_norm=0.0))
+    trainer = training._trainer(
+        model, ordered, one, micro_batch=size, folder=folder / str(size), save_every=9
+    )
+    trainer.add_callback(Look())
+    trainer.train()
+    return found
+
+
+def test_how_a_step_is_divided_changes_its_rounding_alone(run, home, tmp_path):
+    """The micro-batches differ in their tokens, so that a mean of means would show."""
+    whole, *others = (grown_gradients(run, home, tmp_path, size) for size in (8, 1, 2))
+    assert any(gradient.abs().max() > 1e-3 for gradient in whole.values())
+    for other in others:
+        for name, gradient in whole.items():
+            torch.testing.assert_close(other[name], gradient, rtol=0, atol=1e-12)
+
+
+class Small:
+    """A device whose memory holds so many examples at a time, from a given step on."""
+
+    def __init__(self, monkeypatch, holds, first=1):
+        from transformers import Trainer
+
+        self.seen, step = [], Trainer.training_step
+
+        def limited(trainer, model, inputs, *rest):
+            size = len(inputs["input_ids"])
+            self.seen.append((trainer.state.global_step + 1, size))
+            if size > holds and trainer.state.global_step + 1 >= first:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate it.")
+            return step(trainer, model, inputs, *rest)
+
+        monkeypatch.setattr(Trainer, "training_step", limited)
+
+
+@pytest.mark.parametrize("save_every", [10, 2])
+def test_a_step_that_does_not_fit_is_halved_and_nothing_is_lost(
+    run, home, tmp_path, monkeypatch, caplog, save_every
+):
+    """Out of memory at the fourth step, with and without a checkpoint to go on from."""
+    batch = replace(run, hyperparameters=replace(SHORT, batch=8, accumulation=1))
+    whole = training.train(batch, tmp_path / "whole", data_folder=home / "data")
+    small = Small(monkeypatch, holds=2, first=4)
+    done = training.train(batch, tmp_path / "s", data_folder=home / "data", save_every=save_every)
+    again = [2, 2, 2, 2]
+    repeated = [1, 2, 3, 4, 5] if save_every == 10 else [3, 4, 5]
+    steps = [step for step, size in small.seen if size == 2]
+    assert steps == [step for step in repeated for _ in again]
+    a, b = (training.result(f) for f in (whole, done))
+    np.testing.assert_allclose(losses(done), losses(whole), atol=1e-5)
+    assert b["held_out"]["after"]["loss"] == pytest.approx(a["held_out"]["after"]["loss"], abs=1e-5)
+    assert a["machine"]["micro_batches"] == [8]
+    assert b["machine"]["micro_batches"] == ([2] if save_every == 10 else [8, 2])
+    assert b["curve"][4]["padded"] < a["curve"][4]["padded"]
+    assert [r.getMessage() for r in caplog.records if "do not fit" in r.getMessage()] == [
+        "8 examples of a step do not fit the device: going on with 4",
+        "4 examples of a step do not fit the device: going on with 2",
+    ]
+
+
+def test_what_no_memory_holds_fails_as_it_did(run, home, tmp_path, monkeypatch):
+    small = Small(monkeypatch, holds=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        training.train(run, tmp_path / "run", data_folder=home / "data")
+    assert small.seen == [(1, 2), (1, 1)]
+
+
+def test_a_held_out_loss_that_does_not_fit_is_halved(home, monkeypatch):
+    loaded = pretrained.load(home / "model")
+    rows = tokenise(examples("alpaca", folder=home / "data")[:9], loaded.tokenizer, max_length=99)
+    whole = training.held_out_loss(loaded.model, rows)
+    forward, sizes = loaded.model.forward, []
+
+    def limited(*, input_ids, **options):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate it.")
+        return forward(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(loaded.model, "forward", limited)
+    halved = training.held_out_loss(loaded.model, rows)
+    assert sizes == [8, 4, 4, 1]
+    np.testing.assert_allclose(halved["sums"], whole["sums"], rtol=1e-6)
+
+
+def test_a_run_that_was_begun_on_another_device_is_refused(run, home, tmp_path):
+    done = training.train(run, tmp_path / "run", data_folder=home / "data")
+    start = json.loads((done / "start.json").read_text())
+    assert start["machine"]["device"] == "cpu"
+    (done / "result.json").unlink()
+    start["machine"]["device"] = "cuda:0"
+    (done / "start.json").write_text(json.dumps(start))
+    with pytest.raises(WdlibError, match="run is of the device 'cuda' .* go on there, or remove"):
+        training.train(run, done, data_folder=home / "data")
+    del start["machine"]  # as runs were begun that could only be on a CPU
+    (done / "start.json").write_text(json.dumps(start))
+    assert training.result(training.train(run, done, data_folder=home / "data"))
 
 
 def test_a_checkpoint_without_its_mark_is_not_used(tmp_path):

@@ -227,3 +227,9 @@ def data_hash(rows: Sequence[Example]) -> str:
     """The sha256 of examples in their order, by which runs on the same data know each other."""
     lines = "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def tokens_hash(sequences: Sequence[Tokens]) -> str:
+    """The sha256 of token ids and labels, by which runs of one tokenizer know each other."""
+    lines = "".join(json.dumps([s.ids, s.labels]) + "\n" for s in sequences)
+    return hashlib.sha256(lines.encode()).hexdigest()

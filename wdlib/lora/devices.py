@@ -4,8 +4,10 @@ import gc
 import logging
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
+
+from wdlib import WdlibError
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -36,20 +38,36 @@ def machine() -> dict[str, Any]:
     import torch
 
     state = process_state()
-    found = {
+    if state.device.type == "cuda":
+        name = torch.cuda.get_device_name(state.device)
+    else:
+        tiles = " with AMX" * torch.cpu._is_amx_tile_supported()
+        name = torch.backends.cpu.get_cpu_capability() + tiles
+    return {
         "platform": f"{sys.platform} {platform.machine()}",
         "device": str(state.device),
+        "device name": name,
         "processes": state.num_processes,
         "threads": torch.get_num_threads(),
     }
-    if state.device.type == "cuda":
-        found["device name"] = torch.cuda.get_device_name(state.device)
-    return found
 
 
-def kind(machine: dict[str, Any]) -> str:
-    """The kind of device of a `machine`, within which results compare: "cpu", "cuda", "mps"."""
+def kind(machine: Mapping[str, Any]) -> str:
+    """The kind of device that a result's `machine` names: "cpu", "cuda", "mps"."""
     return machine["device"].partition(":")[0]
+
+
+def check_kind(begun: str, *, what: str, remedy: str) -> None:
+    """Raise WdlibError where something was begun on another kind of device than is used here.
+
+    Two kinds round differently, so that what they give does not compare.
+    """
+    here = process_state().device.type
+    if begun != here:
+        raise WdlibError(
+            f"{what} is of the device {begun!r} and this process computes on {here!r}, which "
+            f"rounds differently: {remedy}"
+        )
 
 
 def release() -> None:

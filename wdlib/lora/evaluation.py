@@ -61,7 +61,7 @@ def evaluate(
     began = time.monotonic()
     loaded = {name: requests(name, protocol, data_folder) for name in protocol.tasks}
     scores: dict[str, Scores] = {}
-    tasks: dict[str, dict[str, float]] = {}
+    tasks: dict[str, dict[str, Any]] = {}
     with quiet(), _ready(model) as ready:
         scorer = tree_scorer(ready, tokenizer, protocol.dtype)
         for name, items in loaded.items():
@@ -69,7 +69,8 @@ def evaluate(
             flat = [request for shown in items.shown for request in itertools.chain(*shown)]
             answers = scorer.loglikelihood(flat, disable_tqdm=True)
             scores[name] = _scores(items, [value for value, _ in answers])
-            tasks[name] = {"seconds": time.monotonic() - start, **scorer.counted}
+            made = {"seconds": time.monotonic() - start, "device": ready.device.type}
+            tasks[name] = {**made, **scorer.counted}
     versions = {name: version(name) for name in ("lm-eval", "transformers", "torch")}
     made = {"seconds": time.monotonic() - began, "tasks": tasks, "versions": versions}
     return Evaluation(protocol, scores, made)

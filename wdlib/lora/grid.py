@@ -48,6 +48,8 @@ STATES = FINISHED, EXTENDABLE, BEGUN, TO_DO, LACKING = (
     "lacks the reference's characterisation",
 )
 
+_APART = "give the results a folder of their own (--results), or hide the GPU"
+
 _log = logging.getLogger(__name__)
 
 
@@ -244,8 +246,8 @@ def run_cell(
 ) -> str:
     """Bring one cell to its end from wherever it is; returns what was done, in words.
 
-    Raises: WdlibError as `train` and `evaluate` do, for processes of one
-    launcher, and for data other than that of the results which are there.
+    Raises: WdlibError as `train` and `evaluate` do, for processes of one launcher, and for other
+    data or another kind of device than those of the results which are there.
     """
     _check_alone()
     work.mkdir(parents=True, exist_ok=True)
@@ -267,18 +269,26 @@ def _check_alone() -> None:
         )
 
 
-def _check_data(run: Run, data_folder: str | Path | None, results: Path) -> None:
-    """Runs are compared on the same held-out examples: refuse others before anything is trained."""
+def _check_comparable(run: Run, data_folder: str | Path | None, results: Path) -> None:
+    """Runs are compared on the same held-out examples and one kind of device: refuse others.
+
+    Before anything is trained; the data for runs on the same data, the device for all of a model.
+    """
     digest = data.data_hash(data.examples(run.data, folder=data_folder))
-    for path in results.glob(f"*-{run.data}-*.json"):
+    for path in results.glob("*.json"):
         if path.name.endswith(".fingerprint.json"):
             continue
         known = read_report(path)
-        if known["configuration"]["data"] == run.data and known["hashes"]["data"] != digest:
+        configuration = known["configuration"]
+        if configuration["data"] == run.data and known["hashes"]["data"] != digest:
             raise WdlibError(
                 f"the data set {run.data!r} is not the one that {known['key']} was trained on, so "
                 "the two cannot be compared: name the folder that holds that one, or move the "
                 f"results of {run.data!r} out of {results}"
+            )
+        if configuration["model"] == run.model:
+            devices.check_kind(
+                devices.kind(known["machine"]), what=f"{known['key']} in {results}", remedy=_APART
             )
 
 
@@ -287,9 +297,10 @@ def _run_locked(cell: Cell, data_folder: str | Path | None, results: Path, work:
     if _state(cell, stored, work) == FINISHED:
         return "was finished"
     begun = time.perf_counter()
-    _check_data(cell.run, data_folder, results)
+    _check_comparable(cell.run, data_folder, results)
     folder = training.train(cell.run, work / cell.run.key, data_folder=data_folder)
     report = read_report(folder / "result.json")
+    devices.check_kind(devices.kind(report["machine"]), what=f"the run in {folder}", remedy=_APART)
     adapter = report["hashes"]["adapter"]
     if stored and stored.report["hashes"]["adapter"] != adapter:
         stored = None

@@ -255,8 +255,14 @@ def _converted(checkpoint: Checkpoint) -> Path:
             shutil.rmtree(folder)
         with TemporaryDirectory(dir=folder.parent) as scratch:
             made = Path(scratch) / folder.name
-            _convert(checkpoint, made)
-            paths.mark_whole(made)
+            try:
+                _convert(checkpoint, made)
+                paths.mark_whole(made)
+            except OSError as error:
+                raise WdlibError(
+                    f"{checkpoint.name} is kept in {folder.parent} with 4 bytes a parameter, which "
+                    f"failed ({first_line(error)}): make room, or set WDLIB_CACHE to another folder"
+                ) from error
             made.rename(folder)
     return folder
 

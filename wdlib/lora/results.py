@@ -11,7 +11,7 @@ import numpy as np
 from wdlib import WdlibError, paths, stats
 from wdlib.fingerprints import record
 from wdlib.fingerprints.record import Fingerprint
-from wdlib.lora import scores
+from wdlib.lora import devices, scores
 from wdlib.lora.benchmarks import TASKS
 from wdlib.lora.runs import UNTRAINED, Run
 from wdlib.lora.scores import Evaluation, Scores, correct, debiased
@@ -92,26 +92,35 @@ orders that were evaluated; "debiased", the same without what a letter is worth 
 
 @dataclass(frozen=True)
 class _Row:
-    """Scores of one cell, (items,), the items by hashes or lengths, and how they were measured."""
+    """Scores of one cell, (items,), the items by hashes or lengths, and how they were measured.
+
+    tokens: hash of the held-out tokens; None of runs that were stored before it was.
+    """
 
     values: np.ndarray
     items: Sequence[Any] | np.ndarray
     setting: tuple[Any, ...]
+    tokens: str | None
 
 
 def _row(stored: CellResult, measure: str) -> _Row | None:
     """None where it was not measured."""
+    hashes, device = stored.report["hashes"], devices.kind(stored.report["machine"])
+    tokens = hashes.get("held-out tokens")
     if measure == LOSS:
         after = stored.report["held_out"]["after"]
         parts = stats.ratio_parts(after["sums"], after["tokens"])
-        setting = (stored.report["hashes"]["data"], stored.report["dtype"], len(parts))
-        return _Row(parts, after["tokens"], setting)
+        made = (device, hashes["data"], stored.report["dtype"], len(parts))
+        return _Row(parts, after["tokens"], made, tokens)
     task, score = _SCORES[measure]
     found, protocol = stored.evaluation.scores.get(task), stored.evaluation.protocol
     if found is None:
         return None
     orders = len(found.orders) if measure in ("GPQA, orders", "GPQA, debiased") else None
-    return _Row(score(found).astype(float), found.items, (protocol.dtype, protocol.seed, orders))
+    # Evaluations that were stored before they named their device are of a CPU.
+    evaluated = stored.evaluation.made["tasks"][task].get("device", "cpu")
+    setting = (device, evaluated, protocol.dtype, protocol.seed, orders)
+    return _Row(score(found).astype(float), found.items, setting, tokens)
 
 
 def measured(found: Mapping[Run, CellResult], variant: str, measure: str) -> np.ndarray | None:
@@ -147,10 +156,11 @@ def paired(
 def _stacked(rows: Sequence[_Row]) -> np.ndarray:
     """(rows, items): the first items, which all of these rows were measured on."""
     items = min(len(row.values) for row in rows)
-    if len({(row.setting, tuple(row.items[:items])) for row in rows}) > 1:
+    alike = {(row.setting, tuple(row.items[:items])) for row in rows}
+    if len(alike) > 1 or len({row.tokens for row in rows} - {None}) > 1:
         raise WdlibError(
-            "these runs were not measured on the same items in the same way (data, data type, "
-            "order of the options): run them again alike, or leave some out"
+            "these runs were not measured on the same items in the same way (data, tokens, device, "
+            "data type, order of the options): run them again alike, or leave some out"
         )
     return np.array([row.values[:items] for row in rows])
 

@@ -50,6 +50,9 @@ ADAPTER_FILE = "adapter/adapter_model.safetensors"
 """In a run's folder."""
 
 _RESULT, _START, _RUN = "result.json", "start.json", "run.json"
+_UNNAMED = {"device": "cpu"}
+"""The machine of runs that were begun before they named it."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -78,8 +81,8 @@ def train(
         result.json  written last: configuration, curve, held-out loss before and after (mean per
                      token and sums per example, in nats), step-0 shift, hashes, versions, timings.
     Raises: WdlibError as `examples`, `resolve`, `pretrained.load`, `characterise.load` and `attach`
-    do, for a folder that holds another run, and for a number of processes that does
-    not divide the micro-batches of a step.
+    do, for a folder that holds another run or one that was begun on another kind of device, and for
+    a number of processes that does not divide the micro-batches of a step.
     Source: arXiv 2509.00046 (docs/method.md, section 8).
     """
     folder = Path(folder)
@@ -115,6 +118,7 @@ def train(
             "hashes": {
                 "model": files.content_hash(loaded.checkpoint),
                 "data": data.data_hash(rows),
+                "held-out tokens": data.tokens_hash(tokens.held_out),
                 "characterisation": characterisation and paths.file_sha256(characterisation),
                 "adapter": outcome.adapter and paths.file_sha256(outcome.adapter),
             },
@@ -276,8 +280,12 @@ def _cast(parameters: Iterable["torch.nn.Parameter"], dtype: str) -> None:
 def _measured_once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured before training: read if an earlier call has, else measured and kept."""
     if not path.is_file():
-        paths.write_text(path, json.dumps(measure()))
-    return paths.read_json(path, dict, what="a run's start", remedy="remove the run's folder")
+        paths.write_text(path, json.dumps({**measure(), "machine": devices.machine()}))
+    remedy = "remove the run's folder"
+    found = paths.read_json(path, dict, what="a run's start", remedy=remedy)
+    begun = devices.kind(found.get("machine", _UNNAMED))
+    devices.check_kind(begun, what=f"the run in {path.parent}", remedy=f"go on there, or {remedy}")
+    return found
 
 
 def held_out_loss(
