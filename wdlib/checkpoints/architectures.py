@@ -105,6 +105,18 @@ RULES = (
 )
 
 
+OTHERS = re.compile(
+    r".*norm.*"  # every kind of normalisation
+    r"|(?:.*\.)?bias|.*_bias|.*\.masked_bias"  # also of experts, and masks kept as tensors
+    r"|.*\b(?:router|gate|wg)(?:\..*)?\.(?:weight|wg\.weight)|.*router.*|.*ffn_gate_inp.*"
+    r"|.*shared_expert_gate.*|.*\.gate\.wg\..*"
+    r"|.*conv.*"
+    r"|.*(?:rotary|rope|inv_freq|relative_attention_bias|rel_pos).*"
+    r"|.*per_layer_.*|.*sinks?|.*\bscales?|.*layer_scale.*"
+)
+"""What a layer holds beside its projections: norms, biases, routers, convolutions, ..."""
+
+
 _COMPILED = tuple((rule, re.compile(rule.pattern)) for rule in RULES)
 
 
@@ -112,10 +124,11 @@ _COMPILED = tuple((rule, re.compile(rule.pattern)) for rule in RULES)
 class TensorRole:
     """The projections that a tensor holds: several types where it joins them.
 
-    expert: None outside of routed experts, and for a tensor that holds all of them. layout: as in
-    `Rule`.
+    stack: the beginning of the name, up to and with the layer's number. expert: None outside of
+    routed experts, and for a tensor that holds all of them. layout: as in `Rule`.
     """
 
+    stack: str
     layer: int
     types: tuple[str, ...]
     expert: int | None
@@ -134,5 +147,6 @@ def tensor_role(name: str, architecture: str | None = None) -> TensorRole | None
         if match := pattern.fullmatch(name):
             expert = match.groupdict().get("expert")
             number = None if expert is None else int(expert)
-            return TensorRole(int(match["layer"]), rule.types, number, rule.layout)
+            stack = name[: match.end("layer")]
+            return TensorRole(stack, int(match["layer"]), rule.types, number, rule.layout)
     return None

@@ -1,4 +1,4 @@
-"""Headers of safetensors and GGUF files -> where each tensor lies, and the model's geometry."""
+"""Headers of safetensors and GGUF files -> where each tensor lies."""
 
 import dataclasses
 import json
@@ -6,13 +6,14 @@ import math
 import mmap
 import struct
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wdlib import WdlibError
+from wdlib.checkpoints import geometry
 from wdlib.checkpoints.files import Checkpoint, config_file
 from wdlib.checkpoints.formats import EXACT, Tensor
+from wdlib.checkpoints.geometry import Geometry
 from wdlib.checkpoints.hub import RemoteFile
 
 HEADER_BYTES = 100_000_000
@@ -22,66 +23,16 @@ HEADERS_AT_ONCE = 8
 """Headers of so many files are read at the same time: on the hub, each waits for two answers."""
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """What the names and shapes of the tensors do not say; None where the checkpoint does not."""
-
-    architecture: str | None = None
-    layers: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    predictors: int = 0
-    """Layers after the decoder's that predict further tokens."""
-
-
 def read_headers(checkpoint: Checkpoint) -> tuple[Geometry, dict[str, Tensor]]:
     """Geometry and table of tensors of all files of a checkpoint."""
     first = checkpoint.files[0]
     if isinstance(first, Path) and first.suffix == ".gguf":
         metadata, tensors = gguf_header(first)
-        return _geometry_of_gguf(metadata), tensors
+        return geometry.of_gguf(metadata, str(first)), tensors
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
         tables = list(pool.map(safetensors_header, checkpoint.files))
-    geometry = _geometry_of_config(config_file(checkpoint))
-    return geometry, {k: t for table in tables for k, t in table.items()}
-
-
-def _geometry_of_config(file: Path | RemoteFile | None) -> Geometry:
-    if file is None:
-        return Geometry()
-    content = file.content() if isinstance(file, RemoteFile) else file.read_bytes()
-    try:
-        config = json.loads(content)
-        config = config.get("text_config") or config
-    except (ValueError, AttributeError) as error:
-        raise WdlibError(f"{file} is not a model's configuration ({error}).") from error
-
-    def first(*keys: str) -> Any:
-        return next((config[key] for key in keys if config.get(key) is not None), None)
-
-    heads = first("num_attention_heads", "n_head", "n_heads")
-    return Geometry(
-        architecture=first("model_type"),
-        layers=first("num_hidden_layers", "n_layer", "n_layers"),
-        heads=heads,
-        kv_heads=first("num_key_value_heads") or heads,
-        predictors=first("num_nextn_predict_layers", "num_mtp_layers") or 0,
-    )
-
-
-def _geometry_of_gguf(metadata: dict[str, Any]) -> Geometry:
-    architecture = metadata.get("general.architecture")
-
-    def field(key: str) -> Any:
-        return metadata.get(f"{architecture}.{key}")
-
-    layers, heads = field("block_count"), field("attention.head_count")
-    # The last blocks of some models predict further tokens and are no part of the decoder.
-    predictors = field("nextn_predict_layers") or 0
-    if layers is not None:
-        layers -= predictors
-    kv_heads = metadata.get(f"{architecture}.attention.head_count_kv", heads)
-    return Geometry(architecture, layers, heads, kv_heads, predictors)
+    shape = geometry.of_config(config_file(checkpoint))
+    return shape, {k: t for table in tables for k, t in table.items()}
 
 
 def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
