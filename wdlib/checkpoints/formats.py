@@ -11,8 +11,34 @@ from wdlib.checkpoints.hub import RemoteFile
 
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
-EXACT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of a value, for the data types that are read exactly."""
+
+def _fp8_e4m3() -> np.ndarray:
+    """The 256 values of an FP8 number with 4 bits of exponent, without infinities.
+
+    Source: Micikevicius et al. 2022, *FP8 formats for deep learning*, arXiv 2209.05433, table 1.
+    """
+    codes = np.arange(256)
+    exponent, fraction = codes >> 3 & 15, codes & 7
+    size = np.where(exponent, np.ldexp(8 + fraction, exponent - 10), np.ldexp(fraction, -9))
+    size[codes & 127 == 127] = np.nan
+    return np.where(codes < 128, size, -size).astype(np.float32)
+
+
+_TABLES = {
+    "F8_E4M3": _fp8_e4m3(),
+    # The upper half of a float16.
+    "F8_E5M2": (np.arange(256, dtype="<u2") << 8).view("<f2").astype(np.float32),
+    # Powers of two, as scales of the MX formats (Open Compute Project 2023, section 5.4.1).
+    "F8_E8M0": np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan)),
+}
+"""The value of each byte, by data type."""
+
+EXACT = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+"""Data types of numbers that stand for themselves."""
+
+VALUE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, **dict.fromkeys(_TABLES, 1)}
+VALUE_BYTES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)} | {"BOOL": 1}
+"""Bytes of a value, by data type of safetensors."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +76,8 @@ def read_rows(tensor: Tensor, first: int, count: int) -> np.ndarray:
 
 def decode(raw: np.ndarray, dtype: str) -> np.ndarray:
     """Bytes (rows, bytes per row) -> float32 (rows, columns); float64 stays what it is."""
+    if dtype in _TABLES:
+        return _TABLES[dtype][raw]
     if dtype == "BF16":
         wide = raw.view("<u2").astype(np.uint32)
         wide <<= 16
@@ -69,12 +97,12 @@ def check_readable(tensor: Tensor) -> None:
     if tensor.file.suffix == ".gguf":
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        kind = GGMLQuantizationType[tensor.dtype]
         try:
+            kind = GGMLQuantizationType[tensor.dtype]
             decode(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), tensor.dtype)
             return
-        except NotImplementedError:
-            remedy = "use a file of the model with another quantisation"
+        except (KeyError, NotImplementedError):
+            remedy = "use a file of the model with another quantisation, or a newer gguf package"
     raise WdlibError(
         f"The tensor {tensor.name} of {tensor.file.name} is stored as {tensor.dtype}, which cannot "
         f"be turned into float32 here: {remedy}."

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ class Geometry:
     """Layers after the decoder's that predict further tokens."""
     experts: int | None = None
     """Routed experts of a layer that has any."""
+    quantisation: Mapping[str, Any] = field(default_factory=dict)
+    """`quantization_config` of config.json."""
 
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
@@ -44,7 +46,10 @@ def of_config(file: Path | RemoteFile | None) -> Geometry:
     content = file.content() if isinstance(file, RemoteFile) else file.read_bytes()
     try:
         config = json.loads(content)
+        quantisation = config.get("quantization_config") or config.get("compression_config") or {}
+        quantisation = quantisation if isinstance(quantisation, dict) else {}
         config = config.get("text_config") or config
+        quantisation = quantisation or config.get("quantization_config") or {}
         fields = _Fields(config, f"{file}")
     except (ValueError, AttributeError, TypeError) as error:
         raise WdlibError(f"{file} is not a model's configuration ({error}).") from error
@@ -56,6 +61,7 @@ def of_config(file: Path | RemoteFile | None) -> Geometry:
         kv_heads=fields.number(*_KV_HEADS) or heads,
         predictors=fields.number(*_PREDICTORS) or 0,
         experts=fields.number(*_EXPERTS),
+        quantisation=quantisation,
     )
 
 

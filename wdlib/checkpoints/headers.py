@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from wdlib import WdlibError
-from wdlib.checkpoints import geometry
+from wdlib.checkpoints import companions, geometry
 from wdlib.checkpoints.files import Checkpoint, config_file
-from wdlib.checkpoints.formats import EXACT, Tensor
+from wdlib.checkpoints.formats import VALUE_BYTES, Tensor
 from wdlib.checkpoints.geometry import Geometry
 from wdlib.checkpoints.hub import RemoteFile
 
@@ -24,15 +24,16 @@ HEADERS_AT_ONCE = 8
 
 
 def read_headers(checkpoint: Checkpoint) -> tuple[Geometry, dict[str, Tensor]]:
-    """Geometry and table of tensors of all files of a checkpoint."""
+    """Geometry and table of all files of a checkpoint; names as unquantised."""
     first = checkpoint.files[0]
     if isinstance(first, Path) and first.suffix == ".gguf":
         metadata, tensors = gguf_header(first)
-        return geometry.of_gguf(metadata, str(first)), tensors
+        return geometry.of_gguf(metadata, str(first)), companions.of_gguf(tensors)
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
         tables = list(pool.map(safetensors_header, checkpoint.files))
     shape = geometry.of_config(config_file(checkpoint))
-    return shape, {k: t for table in tables for k, t in table.items()}
+    tensors = {k: t for table in tables for k, t in table.items()}
+    return shape, companions.of_safetensors(tensors, shape.quantisation)
 
 
 def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
@@ -58,7 +59,7 @@ def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
             f"The header of {path} is corrupt ({error!r}): download it again."
         ) from error
     for tensor in table.values():
-        value = EXACT.get(tensor.dtype)
+        value = VALUE_BYTES.get(tensor.dtype)
         _check_extent(tensor, size, value and value * math.prod(tensor.shape))
     _check_order(list(table.values()), 8 + length, size, alignment=1)
     return table

@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from wdlib.checkpoints.files import Checkpoint, resolve
 from wdlib.checkpoints.formats import Tensor, check_readable
 from wdlib.checkpoints.geometry import Geometry
 from wdlib.checkpoints.headers import read_headers
+from wdlib.checkpoints.quantised import QuantisedTensor, UnreadableTensor
 
 _Place = tuple[int, str, int | None]
 
@@ -22,8 +23,9 @@ _Place = tuple[int, str, int | None]
 class Entry:
     """One matrix of a checkpoint, from the headers alone.
 
-    `layer` counts from 0; `type` is one of `wdlib.TYPES`; `name` is the tensor's name in the file;
-    `shape` is (d_out, d_in); `dtype` is the stored one ("BF16", "Q4_1", ...). `expert` is None for
+    `layer` counts from 0; `type` is one of `wdlib.TYPES`; `name` is the tensor's name in the file,
+    or the one that it has unquantised; `shape` is (d_out, d_in); `dtype` is what is stored ("BF16",
+    "Q4_1", "GPTQ 4-bit", ...). `expert` is None for
     a matrix that every token passes (a dense layer, or the shared experts beside routed ones) and
     the expert's number for a routed one.
     """
@@ -113,14 +115,14 @@ def projection_parts(
         raise WdlibError(f"There is no projection type {unknown[0]!r}: give some of {TYPES}.")
     parts = [part for part in parts if part.entry.layer in asked and part.entry.type in kinds]
     for tensor in {part.tensor.dtype: part.tensor for part in parts}.values():
-        check_readable(tensor)
+        if not isinstance(tensor, QuantisedTensor):
+            check_readable(tensor)
     return parts
 
 
 def _all_parts(checkpoint: Checkpoint) -> list[Part]:
     """The pieces of tensors to read, in the order of `inventory`."""
     geometry, tensors = read_headers(checkpoint)
-    _refuse_packed(tensors, geometry.architecture)
     roles = {name: tensor_role(name, geometry.architecture) for name in tensors}
     parts: list[Part] = []
     for name, role in roles.items():
@@ -166,32 +168,11 @@ def _check_all_known(
             )
 
 
-_QUANTISED = re.compile(r".*\.(?:qweight|weight_packed|weight\.absmax|weight_scale|SCB)")
-_PACKED = re.compile(r"(.*\.weight)\.absmax|(.*)\.scales")
-"""What bitsandbytes and MLX put beside a tensor whose shape is no longer the matrix's."""
-
-
-def _refuse_packed(tensors: dict[str, Tensor], architecture: str | None) -> None:
-    """Refuse projections whose shape their quantisation has changed."""
-    for name, tensor in tensors.items():
-        if found := _PACKED.fullmatch(name):
-            packed = found[1] or f"{found[2]}.weight"
-            if packed in tensors and tensor_role(packed, architecture):
-                raise _quantised(tensor)
-
-
-def _quantised(tensor: Tensor) -> WdlibError:
-    return WdlibError(
-        f"{tensor.file.name} holds quantised weights ({tensor.name}), which cannot be read from "
-        "safetensors: use the unquantised checkpoint or a GGUF file of the model."
-    )
-
-
 def _refuse_names(checkpoint: Checkpoint, geometry: Geometry, tensors: dict[str, Tensor]) -> None:
     """Say why no tensor is a projection."""
-    for name, tensor in tensors.items():
-        if _QUANTISED.fullmatch(name):
-            raise _quantised(tensor)
+    for tensor in tensors.values():
+        if isinstance(tensor, UnreadableTensor):
+            raise _unread(tensor)
     hint = "" if geometry.architecture else "put the model's config.json beside the file, or "
     raise WdlibError(
         f"No tensor of {checkpoint.name} has a name that is known as a projection (seen: "
@@ -200,8 +181,18 @@ def _refuse_names(checkpoint: Checkpoint, geometry: Geometry, tensors: dict[str,
     )
 
 
+def _unread(tensor: UnreadableTensor) -> WdlibError:
+    return WdlibError(
+        f"The tensor {tensor.name} of {tensor.file.name} is not read, because {tensor.reason}."
+    )
+
+
 def _parts_of(tensor: Tensor, role: TensorRole, geometry: Geometry) -> Iterator[Part]:
     """The matrices that one tensor holds."""
+    if isinstance(tensor, UnreadableTensor):
+        raise _unread(tensor)
+    if isinstance(tensor, QuantisedTensor) and role.layout == "conv1d":
+        role = replace(role, layout="linear")  # those who quantise a Conv1D transpose it
     where = f"tensor {tensor.name} of {tensor.file.name}"
     dimensions = (2, 3) if role.expert is None else (2,)
     if len(tensor.shape) not in dimensions or 0 in tensor.shape:

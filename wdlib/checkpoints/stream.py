@@ -16,8 +16,8 @@ import numpy as np
 
 from wdlib import WdlibError
 from wdlib.checkpoints.files import Checkpoint
-from wdlib.checkpoints.formats import decode, read_rows
 from wdlib.checkpoints.plan import Part, projection_parts
+from wdlib.checkpoints.quantised import Rows, decode, read_rows
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def read_all(parts: Sequence[Part]) -> Iterator[Projection]:
     Raises WdlibError as `projections` does.
     """
     with ThreadPoolExecutor(1) as pool:
-        ahead: Future[np.ndarray] | None = None
+        ahead: Future[np.ndarray | Rows] | None = None
         for part, following in zip_longest(parts, parts[1:]):
             ahead = ahead or pool.submit(read_rows, part.tensor, *part.rows)
             made = [_projection(part, ahead.result())]
@@ -94,15 +94,15 @@ def requantise(projection: Projection, kind: str) -> Projection:
     return dataclasses.replace(projection, matrix=matrix)
 
 
-def _projection(part: Part, raw: np.ndarray) -> Projection:
+def _projection(part: Part, raw: np.ndarray | Rows) -> Projection:
     entry = part.entry
     return Projection(entry.layer, entry.type, entry.name, _matrix(part, raw), entry.expert)
 
 
-def _matrix(part: Part, raw: np.ndarray) -> np.ndarray:
+def _matrix(part: Part, raw: np.ndarray | Rows) -> np.ndarray:
     """One matrix from the bytes of its rows: (d_out, d_in), C order."""
     entry, tensor = part.entry, part.tensor
-    matrix = decode(raw, tensor.dtype)
+    matrix = decode(tensor, raw)
     if part.layout == "conv1d":
         matrix = np.ascontiguousarray(matrix[:, part.start : part.start + part.size].T)
     elif part.layout == "heads":
