@@ -56,7 +56,7 @@ NAMED_NOWHERE = r"\(seen: other\..*add rows .* RULES in wdlib/checkpoints/archit
             "Layer 0 .* has no q",
         ),
         (lambda t: {f"other.{k}": v for k, v in t.items()}, NAMED_NOWHERE),
-        (lambda t: {k.replace("weight", "qweight"): v for k, v in t.items()}, "quantised weights"),
+        (lambda t: {k.replace("weight", "qweight"): v for k, v in t.items()}, "how its words are"),
         (lambda t: t | {DOWN: t[DOWN].T.copy()}, f"{re.escape(DOWN)} .* does not fit a hidden"),
         (lambda t: t | {DOWN: t[DOWN].ravel()}, f"{re.escape(DOWN)} .* is no matrix"),
         (lambda t: t | {f"language_model.{DOWN}": t[DOWN]}, "has down twice"),
@@ -85,7 +85,7 @@ def test_quantised_weights_of_another_shape_are_called_so(llama, by):
         return found
 
     tiny.rewrite(llama, pack)
-    with pytest.raises(WdlibError, match="holds quantised weights .*: use the unquantised check"):
+    with pytest.raises(WdlibError, match="is not read, because .*: use the unquantised check"):
         inventory(llama)
 
 

@@ -6,6 +6,7 @@ import math
 import mmap
 import struct
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from wdlib.checkpoints.hub import RemoteFile
 HEADER_BYTES = 100_000_000
 """The format's own limit to the header of a safetensors file."""
 
+GGML_TYPES = 1024
+"""Numbers of types are below, those of forks of llama.cpp included; another one is damage."""
+
 HEADERS_AT_ONCE = 8
 """Headers of so many files are read at the same time: on the hub, each waits for two answers."""
 
@@ -27,13 +31,37 @@ def read_headers(checkpoint: Checkpoint) -> tuple[Geometry, dict[str, Tensor]]:
     """Geometry and table of all files of a checkpoint; names as unquantised."""
     first = checkpoint.files[0]
     if isinstance(first, Path) and first.suffix == ".gguf":
-        metadata, tensors = gguf_header(first)
-        return geometry.of_gguf(metadata, str(first)), companions.of_gguf(tensors)
+        return _read_gguf([file for file in checkpoint.files if isinstance(file, Path)])
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
         tables = list(pool.map(safetensors_header, checkpoint.files))
     shape = geometry.of_config(config_file(checkpoint))
     tensors = {k: t for table in tables for k, t in table.items()}
     return shape, companions.of_safetensors(tensors, shape.quantisation)
+
+
+def _read_gguf(paths: list[Path]) -> tuple[Geometry, dict[str, Tensor]]:
+    """Geometry and tensors of a GGUF file, or of all parts of a split one, in order."""
+    tensors: dict[str, Tensor] = {}
+    first: dict[str, Any] = {}
+    for number, path in enumerate(paths):
+        metadata, table = gguf_header(path)
+        first = first or metadata
+        count = metadata.get("split.count", 1) or 1
+        if (metadata.get("split.no", 0), count) != (number, len(paths)):
+            raise WdlibError(
+                f"{path} says that it is part {metadata.get('split.no', 0) + 1} of {count}: give "
+                "all parts the names that `llama-gguf-split` gave them, in one folder, or join "
+                "them with `llama-gguf-split --merge`."
+            )
+        if twice := tensors.keys() & table.keys():
+            raise WdlibError(f"{path} holds {min(twice)}, as another part does: download it again.")
+        tensors |= table
+    if first.get("split.tensors.count", len(tensors)) != len(tensors):
+        raise WdlibError(
+            f"The parts of {paths[0]} hold {len(tensors)} tensors of "
+            f"{first['split.tensors.count']}: download them again."
+        )
+    return geometry.of_gguf(first, str(paths[0])), companions.of_gguf(tensors)
 
 
 def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
@@ -138,10 +166,6 @@ def gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise WdlibError(
                 f"The header of {path} is truncated or corrupt ({error}): download it again."
             ) from error
-    if metadata.get("split.count", 1) > 1:
-        raise WdlibError(
-            f"{path} is one part of a split model: join the parts with `llama-gguf-split --merge`."
-        )
     alignment = metadata.get("general.alignment") or 32
     if alignment % 8 or alignment & (alignment - 1) or len({t.name for t in table}) < len(table):
         raise WdlibError(
@@ -149,7 +173,14 @@ def gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "twice): download it again."
         )
     data = -(-cursor.position // alignment) * alignment
-    placed = {t.name: dataclasses.replace(t, offset=data + t.offset) for t in table}
+    ends = sorted({t.offset for t in table} | {size - data})
+    following = dict(pairwise(ends))  # of a type that is not known, all bytes up to the next tensor
+    placed = {
+        t.name: dataclasses.replace(
+            t, offset=data + t.offset, size=following.get(t.offset, 0) if t.size < 0 else t.size
+        )
+        for t in table
+    }
     for tensor in placed.values():
         _check_extent(tensor, size, None)
     _check_order(list(placed.values()), data, size, alignment=alignment)
@@ -157,12 +188,19 @@ def gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _gguf_tensor(cursor: "_Cursor", path: Path) -> Tensor:
-    """One row of a GGUF file's table of tensors; its offset still counts from the data's start."""
+    """One row of a GGUF file's table of tensors; its offset still counts from the data's start.
+
+    A type that the gguf package does not know, of a newer llama.cpp, a fork of it or a former
+    version, is called by its number, and has a size of -1.
+    """
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     name = cursor.text()
     shape = tuple(cursor.scalar("Q") for _ in range(cursor.scalar("I")))[::-1]
-    kind = GGMLQuantizationType(cursor.scalar("I"))
+    number = cursor.scalar("I")
+    if number not in GGML_QUANT_SIZES and number < GGML_TYPES:
+        return Tensor(name, shape, f"GGML type {number}", path, cursor.scalar("Q"), -1)
+    kind = GGMLQuantizationType(number)
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if shape and shape[-1] % block:
         raise ValueError(f"the rows of {name} are no multiple of {block}")

@@ -348,14 +348,21 @@ def bitsandbytes_4bit(tensors: Tensors) -> tuple[dict[str, Tensor], set[str]]:
 
     Raises WdlibError where one cannot be read.
     """
-    states = {name: t for name, t in tensors.items() if _STATE in name}
-    states = {name: t for name, t in states.items() if name.partition(_STATE)[0] in tensors}
-    if not states:
+    owners = {n.removesuffix(".absmax") for n in tensors if n.endswith(".absmax")} & tensors.keys()
+    if not owners:
         return {}, set()
+    states = {n.partition(_STATE)[0]: tensor for n, tensor in tensors.items() if _STATE in n}
+    reason = "it is quantised by bitsandbytes, and the quant_state with its shape is not there"
+    found: dict[str, Tensor] = {
+        name: unreadable(tensors[name], name, reason) for name in owners - states.keys()
+    }
+    states = {name: states[name] for name in sorted(owners & states.keys())}
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        contents = list(pool.map(_state, states.values()))
-    matrices = (_of_state(tensors, *pair) for pair in zip(states.values(), contents, strict=True))
-    return {matrix.name: matrix for matrix in matrices}, set(states)
+        contents = pool.map(_state, states.values())
+        for state, content in zip(states.values(), contents, strict=True):
+            matrix = _of_state(tensors, state, content)
+            found[matrix.name] = matrix
+    return found, {state.name for state in states.values()}
 
 
 def _state(tensor: Tensor) -> dict[str, Any]:
