@@ -47,7 +47,7 @@ class RangeHub(Hub):
     token: str
 
     def do_GET(self):
-        name = self.path.split("?")[0].rsplit("/", 1)[-1]
+        name = self.path.split("?")[0].partition(f"/resolve/{COMMIT}/")[2]
         if re.match(r"/api/models/lab/(tiny|gated|private)\b.*[?&]blobs=", self.path):
             return self.answer(200, json.dumps(self.info()).encode())
         if re.match(rf"/lab/(tiny|private)/resolve/{COMMIT}/", self.path):
@@ -55,7 +55,7 @@ class RangeHub(Hub):
                 return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
             return self.answer(302, b"", {"Location": f"/storage/{name}"})
         if self.path.startswith("/storage/"):
-            return self.give(name)
+            return self.give(self.path.removeprefix("/storage/"))
         return super().do_GET()
 
     def info(self) -> dict:

@@ -1,21 +1,17 @@
 """Quantised safetensors: the values of the libraries that write them."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from wdlib import WdlibError
-from wdlib.checkpoints import files, formats, quantised, stream
+from wdlib.checkpoints import files, formats, quantised
 from wdlib.checkpoints.headers import read_headers
-from wdlib.checkpoints.plan import inventory
 
 WRITTEN = sorted((Path(__file__).parent / "quantised").glob("*.safetensors"))
 """What the libraries wrote, by write_quantised.py beside this file."""

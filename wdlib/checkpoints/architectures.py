@@ -27,6 +27,7 @@ class Rule:
 _DECODER = r"(?:model\.|language_model\.)*layers\.(?P<layer>\d+)\."
 _GPT2 = r"(?:transformer\.)?h\.(?P<layer>\d+)\."
 _NEOX = r"(?:gpt_neox\.)?layers\.(?P<layer>\d+)\."
+_CONSOLIDATED = r"layers\.(?P<layer>\d+)\."
 _BERT = r"(?:bert\.|roberta\.)?encoder\.layer\.(?P<layer>\d+)\."
 _DISTILBERT = r"(?:distilbert\.)?transformer\.layer\.(?P<layer>\d+)\."
 _GGUF = r"blk\.(?P<layer>\d+)\."
@@ -59,6 +60,14 @@ RULES = (
     Rule(_DECODER + r"block_sparse_moe\.experts\." + _EXPERT + r"w1\.weight", ("gate",)),
     Rule(_DECODER + r"block_sparse_moe\.experts\." + _EXPERT + r"w3\.weight", ("up",)),
     Rule(_DECODER + r"block_sparse_moe\.experts\." + _EXPERT + r"w2\.weight", ("down",)),
+    # Meta's and Mistral's own files, "consolidated"
+    Rule(_CONSOLIDATED + r"attention\.wq\.weight", ("q",), "rope"),
+    Rule(_CONSOLIDATED + r"attention\.wk\.weight", ("k",), "rope"),
+    Rule(_CONSOLIDATED + r"attention\.wv\.weight", ("v",)),
+    Rule(_CONSOLIDATED + r"attention\.wo\.weight", ("o",)),
+    Rule(_CONSOLIDATED + r"feed_forward\.w1\.weight", ("gate",)),
+    Rule(_CONSOLIDATED + r"feed_forward\.w3\.weight", ("up",)),
+    Rule(_CONSOLIDATED + r"feed_forward\.w2\.weight", ("down",)),
     # GPT-2
     Rule(_GPT2 + r"attn\.c_attn\.weight", ("q", "k", "v"), "conv1d", ("gpt2",)),
     Rule(_GPT2 + r"attn\.c_proj\.weight", ("o",), "conv1d", ("gpt2",)),

@@ -114,7 +114,7 @@ def _unexplained(table: Tensors) -> Iterator[tuple[str, str]]:
         cuts = (f"{module}.{leaf[:place]}" for place, letter in enumerate(leaf) if letter == "_")
         for owner in (f"{module}.weight", module, *cuts):
             matrix = table.get(owner)
-            if matrix is None or len(matrix.shape) < 2:
+            if matrix is None or isinstance(matrix, UnreadableTensor) or len(matrix.shape) < 2:
                 continue
             is_scaled = isinstance(matrix, QuantisedTensor) or matrix.dtype.startswith("F8")
             if is_scaled or (matrix.dtype in EXACT and leaf.startswith("weight_")):

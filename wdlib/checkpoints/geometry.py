@@ -28,7 +28,7 @@ class Geometry:
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
-_KV_HEADS = ("num_key_value_heads",)
+_KV_HEADS = ("num_key_value_heads", "n_kv_heads")
 _PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers")
 _EXPERTS = (
     *("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts"),

@@ -61,22 +61,28 @@ class Rows(NamedTuple):
     raw: Mapping[str, np.ndarray]
 
 
-def read_rows(tensor: Tensor, first: int, count: int) -> np.ndarray | Rows:
+def read_rows(
+    tensor: Tensor, first: int, count: int, known: Rows | None = None
+) -> np.ndarray | Rows:
     """What is stored of `count` rows from row `first`, all axes but the last in one.
 
     Rows of a quantised tensor are of one matrix. Of tensors whose rows are the matrix's, and of
-    stacks, no more is read than is needed.
+    stacks, no more is read than is needed. known: other rows of the same tensor, of which is taken
+    what is read whole.
     """
     if not isinstance(tensor, QuantisedTensor):
         return formats.read_rows(tensor, first, count)
     matrix, start = divmod(first, tensor.shape[-2])
     raw = {}
     for role, part in tensor.stored.items():
-        rows = part.tensor.shape[-2]
+        rows, is_stack = part.tensor.shape[-2], len(part.tensor.shape) == 3
         low, high = 0, rows
         if part.step:
             low, high = start // part.step, -(-(start + count) // part.step)
-        above = rows * matrix if len(part.tensor.shape) == 3 else 0
+        elif known and (not is_stack or known.first // tensor.shape[-2] == matrix):
+            raw[role] = known.raw[role]
+            continue
+        above = rows * matrix if is_stack else 0
         raw[role] = formats.read_rows(part.tensor, above + low, high - low)
     return Rows(first, count, raw)
 

@@ -65,12 +65,15 @@ def read_all(parts: Sequence[Part]) -> Iterator[Projection]:
         ahead: Future[np.ndarray | Rows] | None = None
         for part, following in zip_longest(parts, parts[1:]):
             ahead = ahead or pool.submit(read_rows, part.tensor, *part.rows)
-            made = [_projection(part, ahead.result())]
+            raw = ahead.result()
+            made = [_projection(part, raw)]
             # Only now: two matrices as stored and one in float32 would be the peak otherwise.
             if following is None:
                 ahead = None
             elif (following.tensor, following.rows) != (part.tensor, part.rows):
-                ahead = pool.submit(read_rows, following.tensor, *following.rows)
+                known = [raw] if isinstance(raw, Rows) and following.tensor == part.tensor else []
+                ahead = pool.submit(read_rows, following.tensor, *following.rows, *known)
+            del raw
             yield made.pop()  # a variable of this function would keep it alive
 
 
