@@ -96,14 +96,16 @@ def decode(tensor: Tensor, raw: np.ndarray | Rows) -> np.ndarray:
         return formats.decode(raw, tensor.dtype)
     assert isinstance(tensor, QuantisedTensor)
     parts = {role: _array(raw.raw[role], part.tensor) for role, part in tensor.stored.items()}
-    return DECODERS[tensor.format](tensor, raw, parts)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity is refused with its tensor's name
+        return DECODERS[tensor.format](tensor, raw, parts)
 
 
 def _array(raw: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """Bytes of one tensor -> numbers: integers as they are, all others as float32."""
+    """Bytes of one tensor -> numbers: integers as they are, all others as float32 of their own."""
     if tensor.dtype[0] in "IU" and tensor.dtype in VALUE_BYTES:
         return raw.view(f"<{tensor.dtype[0].lower()}{VALUE_BYTES[tensor.dtype]}")
-    return formats.decode(raw, tensor.dtype).astype(np.float32, copy=False)
+    values = formats.decode(raw, tensor.dtype).astype(np.float32, copy=False)
+    return values.copy() if np.may_share_memory(values, raw) else values
 
 
 # Codes and scales --------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ def _in_blocks(
 
 def _scaled(tensor: QuantisedTensor, given: Rows, parts: _Parts) -> np.ndarray:
     """FP8, MXFP8 and 8-bit integers: each value of `weight`, in blocks, times `scale`."""
-    return _in_blocks(tensor, given, parts["weight"].astype(np.float32), parts)
+    return _in_blocks(tensor, given, parts["weight"].astype(np.float32, copy=False), parts)
 
 
 def _fp4(tensor: QuantisedTensor, given: Rows, parts: _Parts) -> np.ndarray:
@@ -265,8 +267,8 @@ def _gptq(tensor: QuantisedTensor, given: Rows, parts: _Parts) -> np.ndarray:
     )
 
 
-_AWQ_ORDER = {4: (0, 4, 1, 5, 2, 6, 3, 7), 8: (0, 2, 1, 3)}
-"""Where in a word the codes of the columns lie, by bits."""
+_AWQ_ORDER = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}
+"""The outputs whose codes a word holds, from the lowest bits on, by the number of bits."""
 
 
 def _awq(tensor: QuantisedTensor, given: Rows, parts: _Parts) -> np.ndarray:
@@ -275,11 +277,14 @@ def _awq(tensor: QuantisedTensor, given: Rows, parts: _Parts) -> np.ndarray:
     kept = slice(start, start + given.number)
 
     def codes(words: np.ndarray) -> np.ndarray:
-        found = _unpacked(words, bits).reshape(len(words), -1, 32 // bits)
-        return found[:, :, _AWQ_ORDER[bits]].reshape(len(words), -1)[:, kept].T
+        turned = np.ascontiguousarray(words.T).view(np.uint32)
+        found = np.empty((len(turned), 32 // bits, len(words)), np.uint8)
+        for place, output in enumerate(_AWQ_ORDER[bits]):
+            found[:, output] = turned >> np.uint32(bits * place) & np.uint32(2**bits - 1)
+        return found.reshape(-1, len(words))[kept]
 
     return _scale(
-        codes(parts["weight"]).astype(np.float32, order="C"),
+        codes(parts["weight"]).astype(np.float32),
         np.ascontiguousarray(parts["scale"][:, kept].T),
         codes(parts["zero"]).astype(np.float32),
         columns=_groups(tensor, parts),
