@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import pytest
 import tiny
 import torch
 from gguf import GGMLQuantizationType as Quant
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wdlib import WdlibError
-from wdlib.checkpoints import files, formats, quantised, stream
-from wdlib.checkpoints.headers import gguf_header
+from wdlib.checkpoints import companions, files, formats, quantised, stream
+from wdlib.checkpoints.headers import gguf_header, read_headers, safetensors_header
 from wdlib.checkpoints.plan import inventory
 from wdlib.spectra import jobs
 
@@ -173,10 +175,13 @@ FOREIGN = {
 }
 """Tool -> what it stores for a matrix, and its quantization_config."""
 
+TRIPLE = {"qweight": WORDS, "qzeros": WORDS[:1, :1], "scales": HALVES[:1]}
+
 ODD = {
-    r"packed as marlin": (
-        {"qweight": WORDS},
-        {"quant_method": "gptq", "checkpoint_format": "marlin"},
+    r"packed as marlin": (TRIPLE, {"quant_method": "gptq", "checkpoint_format": "marlin"}),
+    r"qzeros of shape \(1, 1\) and .* does not fit its codes of shape \(8, 8\)": (
+        {**TRIPLE, "g_idx": WORDS[0]},
+        {"quant_method": "gptq"},
     ),
     r"packed as gemv": ({"qweight": WORDS}, {"quant_method": "awq", "version": "gemv"}),
     r"qzeros of shape \(1, 3\)": (
@@ -241,8 +246,6 @@ def test_what_does_not_fit_is_refused(message, llama):
 def test_parts_that_contradict_each_other_are_refused_as_they_are_read(
     name, changes, message, tmp_path
 ):
-    from safetensors import safe_open
-
     path = Path(__file__).parent / "quantised" / f"{name}.safetensors"
     with safe_open(path, "pt") as file:
         settings = file.metadata()["quantization_config"]
@@ -252,8 +255,6 @@ def test_parts_that_contradict_each_other_are_refused_as_they_are_read(
         stored[part] = torch.full_like(stored[part], value)
     save_file(stored, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(f'{{"quantization_config": {settings}}}')
-    from wdlib.checkpoints.headers import read_headers
-
     tensor = read_headers(files.resolve(tmp_path))[1]["x.weight"]
     with pytest.raises(WdlibError, match=message):
         quantised.decode(tensor, quantised.read_rows(tensor, 0, 2))
@@ -286,6 +287,10 @@ def test_a_scale_beside_a_tensor_of_gguf_multiplies_it(tmp_path):
     np.testing.assert_array_equal(found[1, "q", None], tensors["blk.1.attn_q.weight"] * 3)
     np.testing.assert_array_equal(found[0, "q", None], tensors["blk.0.attn_q.weight"])
     assert {e.dtype for e in inventory(path)} == {"F32", "NVFP4"}
+    part = stream.projection_parts(path, layers=[1], types=["q"])[0]
+    raw = quantised.read_rows(part.tensor, *part.rows)
+    once, twice = (quantised.decode(part.tensor, raw) for _ in range(2))
+    np.testing.assert_array_equal(once, twice)
 
 
 def test_each_expert_of_a_gguf_file_has_its_own_scale(tmp_path):
@@ -537,3 +542,29 @@ def test_the_file_of_an_adapter_names_its_base(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_text("")
     with pytest.raises(WdlibError, match=r"adapter_model\.safetensors is an adapter for lab/base"):
         files.resolve(tmp_path / "adapter_model.safetensors")
+
+
+# Cost -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("change", "settings"), [(fp8, FP8), (nf4, {}), (gptq, GPTQ)])
+def test_decoding_takes_little_more_than_the_matrix(change, settings, tmp_path):
+    rows, columns = 1024, 2048
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    save_file(
+        {k: t.contiguous() for k, t in change("x", matrix).items()}, tmp_path / "a.safetensors"
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    tensor = read_headers(files.resolve(tmp_path))[1]["x.weight"]
+    raw = quantised.read_rows(tensor, 0, rows)
+    tracemalloc.start()
+    found = quantised.decode(tensor, raw)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.nbytes == 4 * rows * columns
+    assert peak < 1.6 * found.nbytes
+
+
+def test_a_table_without_quantised_matrices_is_not_changed(saved):
+    table = safetensors_header(saved("llama")[0] / "model.safetensors")
+    assert companions.of_safetensors(table, {}) == table
