@@ -408,6 +408,8 @@ def test_shards_need_no_index(saved, tmp_path):
     assert same(folder, expected)
     shards = sorted(folder.glob("*.safetensors"))
     assert same(shards[1], expected)
+    (folder / "consolidated.safetensors").write_bytes(b"Mistral's own")
+    assert files.resolve(folder).files == tuple(shards)
     shards[1].unlink()
     with pytest.raises(
         WdlibError, match=f"lacks {shards[1].name}, which goes with {shards[0].name}"

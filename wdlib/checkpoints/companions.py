@@ -65,8 +65,7 @@ def of_safetensors(tensors: Tensors, settings: Mapping[str, Any]) -> dict[str, T
             tool = settings.get("quant_method") or "a tool that its files do not name"
             reason = f"it is stored as {tensor.dtype}, quantised by {tool}"
             table[name] = unreadable(tensor, name, reason)
-    unread = {n for n, t in table.items() if isinstance(t, UnreadableTensor)}
-    return {n: t for n, t in table.items() if n in unread or not _is_below(n, unread)}
+    return table
 
 
 def _parts(matrix: Tensor) -> set[str]:
@@ -78,14 +77,6 @@ def _parts(matrix: Tensor) -> set[str]:
 def _is_packed(tensor: Tensor) -> bool:
     known = isinstance(tensor, QuantisedTensor | UnreadableTensor)
     return not known and tensor.dtype not in EXACT and len(tensor.shape) > 1
-
-
-def _is_below(name: str, unread: set[str]) -> bool:
-    """Whether a tensor belongs to a matrix that is not read: in its module, and no bias."""
-    if not unread or name.endswith(".bias"):
-        return False
-    ends = [place for place, letter in enumerate(name) if letter == "."]
-    return any(f"{name[:end]}.weight" in unread for end in ends)
 
 
 def _foreign(

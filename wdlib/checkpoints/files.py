@@ -250,30 +250,21 @@ _PATIENCE = 8.0  # seconds
 
 def _from_hub(hub_id: str, name: str) -> Checkpoint:
     """Download a snapshot (safetensors, configuration and tokenizer only) into the hub's cache."""
-    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, errors, snapshot_download
 
-    refused = unreachable = None
-    names: list[str] = []
+    refused = unreachable = info = None
     try:
         # The client waits without a limit for a silent network: ask once, with one.
         info = HfApi().model_info(hub_id, timeout=_PATIENCE)
-        names = [file.rfilename for file in info.siblings or ()]
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         refused = error  # the download below gives the same answer, or finds a copy in the cache
     except Exception as error:  # whatever the client's network library raises
         unreachable = error
-    wanted, unwanted = ["*.safetensors", *_SMALL], _UNWANTED
     try:
-        if names:
-            chosen = listing.weights_among(
-                names,
-                lambda name: Path(hf_hub_download(hub_id, name)).read_bytes(),
-                f"The hub's {hub_id}",
-            )
-            wanted = [*_no_gguf(chosen, hub_id), *_SMALL]
-            inside = chosen[0].rpartition("/")[0]
-            wanted += [f"{inside}/{pattern}" for pattern in _SMALL] if inside else []
-            unwanted = [n for n in names if "/" in n and n.rpartition("/")[0] != inside]
+        wanted, unwanted = ["*.safetensors", *_SMALL], _UNWANTED
+        if info and info.siblings:
+            names = [file.rfilename for file in info.siblings]
+            wanted, unwanted = _patterns(hub_id, names, info.sha)
         folder = Path(
             snapshot_download(
                 hub_id,
@@ -295,6 +286,20 @@ def _from_hub(hub_id: str, name: str) -> Checkpoint:
         )
     found = _of_folder(folder)
     return replace(found, name=name, source=f"hub {hub_id}", revision=folder.name)
+
+
+def _patterns(hub_id: str, names: list[str], commit: str | None) -> tuple[list[str], list[str]]:
+    """What to download of a repository, and what of that not: no more than is read of it."""
+    from huggingface_hub import hf_hub_download
+
+    def content(name: str) -> bytes:
+        return Path(hf_hub_download(hub_id, name, revision=commit)).read_bytes()
+
+    chosen = listing.weights_among(names, content, f"The hub's {hub_id}")
+    inside = chosen[0].rpartition("/")[0]
+    beside = [f"{inside}/{pattern}" for pattern in _SMALL] if inside else []
+    unwanted = [name for name in names if name.rpartition("/")[0] not in ("", inside)]
+    return [*_no_gguf(chosen, hub_id), *_SMALL, *beside], unwanted
 
 
 def _no_gguf(names: tuple[str, ...], hub_id: str) -> tuple[str, ...]:

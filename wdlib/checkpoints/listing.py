@@ -55,7 +55,7 @@ def weights_among(names: Collection[str], content: _Content, where: str) -> tupl
     if found := _of_level(top, content, where):
         return found
     below = _folders(names)
-    if ADAPTER in top or not below:
+    if not below:
         raise WdlibError(f"{where} {why_none(names, content)}.")
     if len(below) > 1:
         raise WdlibError(
