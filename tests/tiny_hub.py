@@ -26,7 +26,8 @@ class Hub(BaseHTTPRequestHandler):
                 return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
             if match[1] == "broken":
                 return self.answer(500, b"{}")
-            info = {"id": f"lab/{match[1]}", "sha": COMMIT, "siblings": []}
+            siblings = [{"rfilename": name} for name in self.files]
+            info = {"id": f"lab/{match[1]}", "sha": COMMIT, "siblings": siblings}
             return self.answer(200, json.dumps(info).encode())
         if re.fullmatch(rf"/api/models/lab/\w+/tree/{COMMIT}", path):
             rows = [

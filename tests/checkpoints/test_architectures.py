@@ -16,17 +16,19 @@ from wdlib.checkpoints.plan import inventory
 
 def test_a_tensor_name_says_layer_types_and_expert():
     down = tensor_role("model.layers.11.mlp.down_proj.weight")
-    assert down == TensorRole(11, ("down",), None, "linear")
+    assert down == TensorRole("model.layers.11", 11, ("down",), None, "linear")
     joined = tensor_role("layers.3.self_attn.qkv_proj.weight")
-    assert joined == TensorRole(3, ("q", "k", "v"), None, "linear")
+    assert joined == TensorRole("layers.3", 3, ("q", "k", "v"), None, "linear")
     expert = tensor_role("model.layers.2.mlp.experts.7.up_proj.weight")
-    assert expert == TensorRole(2, ("up",), 7, "linear")
+    assert expert == TensorRole("model.layers.2", 2, ("up",), 7, "linear")
     fused = "transformer.h.1.attn.c_attn.weight"
     assert tensor_role(fused) is None
-    assert tensor_role(fused, "gpt2") == TensorRole(1, ("q", "k", "v"), None, "conv1d")
+    assert tensor_role(fused, "gpt2") == TensorRole(
+        "transformer.h.1", 1, ("q", "k", "v"), None, "conv1d"
+    )
     query = "blk.5.attn_q.weight"
-    assert tensor_role(query, "llama") == TensorRole(5, ("q",), None, "rope")
-    assert tensor_role(query, "qwen2") == TensorRole(5, ("q",), None, "linear")
+    assert tensor_role(query, "llama") == TensorRole("blk.5", 5, ("q",), None, "rope")
+    assert tensor_role(query, "qwen2") == TensorRole("blk.5", 5, ("q",), None, "linear")
     assert tensor_role("lm_head.weight") is None
 
 

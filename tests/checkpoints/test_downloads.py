@@ -104,7 +104,32 @@ def test_hub_without_weights_that_can_be_read(hub, tmp_path):
     endpoint, handler = hub
     handler.files = {"config.json": b"{}", "pytorch_model.bin": b"unwanted"}
     said, _ = resolve_at(endpoint, "lab/tiny", tmp_path)
-    assert re.match(r"ERROR The hub's lab/tiny has no weights as safetensors", said)
+    assert re.match(
+        r"ERROR The hub's lab/tiny holds no safetensors .*_model\.bin is a pickle", said
+    )
+    config = b'{"base_model_name_or_path": "lab/base"}'
+    handler.files = {"adapter_config.json": config, "adapter_model.safetensors": b"unwanted"}
+    said, _ = resolve_at(endpoint, "lab/tiny", tmp_path)
+    assert re.match(r"ERROR The hub's lab/tiny is an adapter for lab/base, and no model", said)
+    assert not any("adapter_model" in path for path in handler.requested if "/resolve/" in path)
+
+
+def test_only_the_files_that_are_read_are_downloaded(hub, tmp_path):
+    """Of a repository whose weights lie in a folder, beside others for other libraries."""
+    endpoint, handler = hub
+    whole = handler.files["model-00001-of-00002.safetensors"]
+    handler.files = {
+        "config.json": b"{}",
+        "inner/model.safetensors": whole,
+        "inner/model.fp16.safetensors": b"unwanted",
+        "inner/config.json": b"{}",
+        "inner/deeper/notes.json": b"{}",
+        "other/notes.json": b"{}",
+    }
+    said, _ = resolve_at(endpoint, "lab/tiny", tmp_path)
+    assert said == f"OK tiny hub lab/tiny {COMMIT} model.safetensors"
+    taken = {path.partition(COMMIT)[2] for path in handler.requested if "/resolve/" in path}
+    assert taken == {"/config.json", "/inner/model.safetensors", "/inner/config.json"}
 
 
 def test_hub_out_of_reach(tmp_path):

@@ -47,7 +47,7 @@ class RangeHub(Hub):
     token: str
 
     def do_GET(self):
-        name = self.path.split("?")[0].rsplit("/", 1)[-1]
+        name = self.path.split("?")[0].partition(f"/resolve/{COMMIT}/")[2]
         if re.match(r"/api/models/lab/(tiny|gated|private)\b.*[?&]blobs=", self.path):
             return self.answer(200, json.dumps(self.info()).encode())
         if re.match(rf"/lab/(tiny|private)/resolve/{COMMIT}/", self.path):
@@ -55,7 +55,7 @@ class RangeHub(Hub):
                 return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
             return self.answer(302, b"", {"Location": f"/storage/{name}"})
         if self.path.startswith("/storage/"):
-            return self.give(name)
+            return self.give(self.path.removeprefix("/storage/"))
         return super().do_GET()
 
     def info(self) -> dict:
@@ -395,20 +395,38 @@ def test_models_that_cannot_be_had(server, monkeypatch, model, message):
 
 
 @pytest.mark.parametrize(
-    "names", [(), ("a.safetensors", "b.safetensors"), ("x/model.safetensors",)]
+    ("names", "message"),
+    [
+        ((), r"holds no \.safetensors"),
+        (("a.safetensors", "b.safetensors"), "holds 2 files with weights"),
+        (("x/model.safetensors", "y/model.safetensors"), r"2 folders in it do \(x, y\)"),
+        (("model.onnx",), "weights as ONNX keeps them"),
+        (
+            ("a.gguf",),
+            r"holds a\.gguf and no safetensors: download it with `hf download lab/tiny a",
+        ),
+    ],
 )
-def test_repositories_without_weights_that_can_be_read(server, names):
+def test_repositories_without_weights_that_can_be_read(server, names, message):
     server.files = {"config.json": b"{}", **dict.fromkeys(names, b"")}
-    with pytest.raises(WdlibError, match=r"hub's lab/tiny has no model\.safetensors, and no"):
+    with pytest.raises(WdlibError, match=rf"hub's lab/tiny .*{message}"):
         files.resolve("hf://lab/tiny")
+
+
+def test_the_one_folder_of_a_repository_that_holds_the_weights(server):
+    expected = inventory("hf://lab/tiny")
+    server.files = {f"inner/{name}": content for name, content in server.files.items()}
+    checkpoint = files.resolve("hf://lab/tiny")
+    assert str(checkpoint.config) == "hf://lab/tiny/inner/config.json"
+    assert inventory(checkpoint) == expected
 
 
 def test_an_index_that_is_broken_or_names_what_is_not_there(server):
     del server.files["model-00002-of-00003.safetensors"]
-    with pytest.raises(WdlibError, match=r"whose files are all there"):
+    with pytest.raises(WdlibError, match=r"lacks model-00002-of-00003\.safetensors, which"):
         files.resolve("hf://lab/tiny")
     server.files["model.safetensors.index.json"] = b"[]"
-    with pytest.raises(WdlibError, match=r"hf://lab/tiny/model\S+index\.json is corrupt"):
+    with pytest.raises(WdlibError, match=r"lab/tiny/model\S+index\.json is corrupt"):
         files.resolve("hf://lab/tiny")
 
 

@@ -50,9 +50,13 @@ NAMED_NOWHERE = r"\(seen: other\..*add rows .* RULES in wdlib/checkpoints/archit
             lambda t: {k: v for k, v in t.items() if "layers.1." not in k},
             "llama has no layer 1 of 2",
         ),
-        (lambda t: {k.replace("q_proj", "qry"): v for k, v in t.items()}, "Layer 0 .* has no q"),
+        (lambda t: {k.replace("q_proj", "qry"): v for k, v in t.items()}, "no row names it"),
+        (
+            lambda t: {k: v for k, v in t.items() if "0.self_attn.q_" not in k},
+            "Layer 0 .* has no q",
+        ),
         (lambda t: {f"other.{k}": v for k, v in t.items()}, NAMED_NOWHERE),
-        (lambda t: {k.replace("weight", "qweight"): v for k, v in t.items()}, "quantised weights"),
+        (lambda t: {k.replace("weight", "qweight"): v for k, v in t.items()}, "how its words are"),
         (lambda t: t | {DOWN: t[DOWN].T.copy()}, f"{re.escape(DOWN)} .* does not fit a hidden"),
         (lambda t: t | {DOWN: t[DOWN].ravel()}, f"{re.escape(DOWN)} .* is no matrix"),
         (lambda t: t | {f"language_model.{DOWN}": t[DOWN]}, "has down twice"),
@@ -81,7 +85,7 @@ def test_quantised_weights_of_another_shape_are_called_so(llama, by):
         return found
 
     tiny.rewrite(llama, pack)
-    with pytest.raises(WdlibError, match="holds quantised weights .*: use the unquantised check"):
+    with pytest.raises(WdlibError, match="is not read, because .*: use the unquantised check"):
         inventory(llama)
 
 
@@ -93,6 +97,8 @@ def test_quantised_weights_of_another_shape_are_called_so(llama, by):
         ("mixtral", r".*experts\.1\.", "moe has no expert 1 of 3:"),
         ("mixtral", r"layers\.0\..*experts\.", "Layer 0 of moe has no gate:"),
         ("glm4-moe", r"layers\.1\..*shared_experts\.down", "Layer 1 of moe has no down:"),
+        ("glm4-moe", r"layers\.1\..*\.experts\.", "Layer 1 of moe has a shared expert .* alone"),
+        ("glm4-moe", r"layers\..*\.experts\.2", "moe holds 2 experts, .* says 3:"),
         ("glm4-moe", r"layers\.0\.mlp\.down", "Layer 0 of moe has no down:"),
     ],
 )
@@ -128,3 +134,29 @@ def test_stacks_beyond_the_decoder_are_left_out(llama):
     tensors, more = tiny.gguf_tensors(10), {"nextn_predict_layers": 1}
     path = tiny.write_gguf(llama / "tiny.gguf", "glm4moe", tensors, more)
     assert {e.layer for e in inventory(path)} == {0}
+
+
+def test_experts_under_a_name_that_no_row_knows_are_not_passed_over(saved, tmp_path):
+    """The shared expert alone would pass for the MLP."""
+    saved("glm4-moe")[1].save_pretrained(tmp_path, save_original_format=False)
+
+    tiny.rewrite(tmp_path, lambda t: {k.replace(".experts.", ".several."): t[k] for k in t})
+    with pytest.raises(WdlibError, match=r"layers\.1\.mlp\.several\..* no row names it"):
+        inventory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", {"a": 1}),
+        ("num_hidden_layers", -2),
+        ("num_attention_heads", True),
+        ("num_key_value_heads", [2, 2]),
+        ("model_type", 3),
+    ],
+)
+def test_a_field_of_another_type_is_refused(llama, field, value):
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(WdlibError, match=f"config.json says that {field} is .*has to be"):
+        inventory(llama)

@@ -280,12 +280,11 @@ def test_weights_in_whose_place_others_would_be_loaded_are_refused(small):
         pretrained.load(small)
 
 
-def test_one_shard_of_several_is_refused(small, tmp_path):
+def test_one_shard_of_several_stands_for_all(small, tmp_path):
     LlamaForCausalLM.from_pretrained(small).save_pretrained(tmp_path / "cut", max_shard_size="5KB")
     one, *others = pretrained.load(tmp_path / "cut").checkpoint.files
     assert others
-    with pytest.raises(WdlibError, match=f"would not read {one.name} alone"):
-        pretrained.load(one)
+    assert pretrained.load(one).checkpoint.files == (one, *others)
 
 
 def test_an_adapter_beside_the_weights_is_refused(small):

@@ -27,6 +27,7 @@ class Rule:
 _DECODER = r"(?:model\.|language_model\.)*layers\.(?P<layer>\d+)\."
 _GPT2 = r"(?:transformer\.)?h\.(?P<layer>\d+)\."
 _NEOX = r"(?:gpt_neox\.)?layers\.(?P<layer>\d+)\."
+_CONSOLIDATED = r"layers\.(?P<layer>\d+)\."
 _BERT = r"(?:bert\.|roberta\.)?encoder\.layer\.(?P<layer>\d+)\."
 _DISTILBERT = r"(?:distilbert\.)?transformer\.layer\.(?P<layer>\d+)\."
 _GGUF = r"blk\.(?P<layer>\d+)\."
@@ -59,6 +60,14 @@ RULES = (
     Rule(_DECODER + r"block_sparse_moe\.experts\." + _EXPERT + r"w1\.weight", ("gate",)),
     Rule(_DECODER + r"block_sparse_moe\.experts\." + _EXPERT + r"w3\.weight", ("up",)),
     Rule(_DECODER + r"block_sparse_moe\.experts\." + _EXPERT + r"w2\.weight", ("down",)),
+    # Meta's and Mistral's own files, "consolidated"
+    Rule(_CONSOLIDATED + r"attention\.wq\.weight", ("q",), "rope"),
+    Rule(_CONSOLIDATED + r"attention\.wk\.weight", ("k",), "rope"),
+    Rule(_CONSOLIDATED + r"attention\.wv\.weight", ("v",)),
+    Rule(_CONSOLIDATED + r"attention\.wo\.weight", ("o",)),
+    Rule(_CONSOLIDATED + r"feed_forward\.w1\.weight", ("gate",)),
+    Rule(_CONSOLIDATED + r"feed_forward\.w3\.weight", ("up",)),
+    Rule(_CONSOLIDATED + r"feed_forward\.w2\.weight", ("down",)),
     # GPT-2
     Rule(_GPT2 + r"attn\.c_attn\.weight", ("q", "k", "v"), "conv1d", ("gpt2",)),
     Rule(_GPT2 + r"attn\.c_proj\.weight", ("o",), "conv1d", ("gpt2",)),
@@ -105,6 +114,18 @@ RULES = (
 )
 
 
+OTHERS = re.compile(
+    r".*norm.*"  # every kind of normalisation
+    r"|(?:.*\.)?bias|.*_bias|.*\.masked_bias"  # also of experts, and masks kept as tensors
+    r"|.*\b(?:router|gate|wg)(?:\..*)?\.(?:weight|wg\.weight)|.*router.*|.*ffn_gate_inp.*"
+    r"|.*shared_expert_gate.*|.*\.gate\.wg\..*"
+    r"|.*conv.*"
+    r"|.*(?:rotary|rope|inv_freq|relative_attention_bias|rel_pos).*"
+    r"|.*per_layer_.*|.*sinks?|.*\bscales?|.*layer_scale.*"
+)
+"""What a layer holds beside its projections: norms, biases, routers, convolutions, ..."""
+
+
 _COMPILED = tuple((rule, re.compile(rule.pattern)) for rule in RULES)
 
 
@@ -112,10 +133,11 @@ _COMPILED = tuple((rule, re.compile(rule.pattern)) for rule in RULES)
 class TensorRole:
     """The projections that a tensor holds: several types where it joins them.
 
-    expert: None outside of routed experts, and for a tensor that holds all of them. layout: as in
-    `Rule`.
+    stack: the beginning of the name, up to and with the layer's number. expert: None outside of
+    routed experts, and for a tensor that holds all of them. layout: as in `Rule`.
     """
 
+    stack: str
     layer: int
     types: tuple[str, ...]
     expert: int | None
@@ -134,5 +156,6 @@ def tensor_role(name: str, architecture: str | None = None) -> TensorRole | None
         if match := pattern.fullmatch(name):
             expert = match.groupdict().get("expert")
             number = None if expert is None else int(expert)
-            return TensorRole(int(match["layer"]), rule.types, number, rule.layout)
+            stack = name[: match.end("layer")]
+            return TensorRole(stack, int(match["layer"]), rule.types, number, rule.layout)
     return None

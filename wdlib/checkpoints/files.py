@@ -6,24 +6,20 @@ Nothing here opens the weights, and code that comes with a model is never run.
 
 import difflib
 import hashlib
-import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wdlib import WdlibError, first_line, paths
-from wdlib.checkpoints import hub, wheels
+from wdlib.checkpoints import hub, listing, wheels
 from wdlib.checkpoints.catalogue import Model, catalogue_model, models
 from wdlib.checkpoints.hub import RemoteFile
 
-INDEX = "model.safetensors.index.json"
-"""The file that says in which shard a tensor lies."""
-
-_FORMATS = (".safetensors", ".gguf")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-]")
+_CONFIGS = ("config.json", "params.json")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 
@@ -31,10 +27,10 @@ _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 class Checkpoint:
     """Files with weights, and where they came from.
 
-    `files` is one GGUF file or the safetensors file(s). Those of an "hf://" model lie on the hub,
-    and `config` is its config.json; that of local files lies beside them. `source` says in words
-    where they came from, without a path of this machine; `revision` is the commit of a hub
-    repository. `quantisation` is filled where the catalogue knows it (the data types are in
+    `files` are the GGUF or the safetensors file(s). Those of an "hf://" model lie on the hub, and
+    `config` is its config.json; that of local files lies beside them, unless it is given. `source`
+    says in words where they came from, without a path of this machine; `revision` is the commit of
+    a hub repository. `quantisation` is filled where the catalogue knows it (the data types are in
     `checkpoints.inventory`), `sha256` where the file has been checked against it, `note` with what
     else one has to know about these weights. Empty text means unknown or none.
     """
@@ -46,7 +42,7 @@ class Checkpoint:
     revision: str = ""
     sha256: str = ""
     note: str = ""
-    config: RemoteFile | None = None
+    config: Path | RemoteFile | None = None
 
 
 def resolve(model: str | Path | Checkpoint) -> Checkpoint:
@@ -71,10 +67,10 @@ def resolve(model: str | Path | Checkpoint) -> Checkpoint:
         return _from_hub(row.hub_id, row.name)
     path = _expanded(model)
     if model and path.is_dir():
-        return Checkpoint(path.resolve().name, _weight_files(path), f"folder {path.resolve().name}")
+        return _of_folder(path)
     if model and path.is_file():  # never a pipe, which would be waited for
-        return Checkpoint(path.stem, (_checked_file(path),), f"file {path.name}")
-    if isinstance(model, str) and _HUB_ID.fullmatch(model) and path.suffix not in _FORMATS:
+        return _of_file(path)
+    if isinstance(model, str) and _HUB_ID.fullmatch(model) and path.suffix not in listing.FORMATS:
         return _from_hub(model, model.rsplit("/", 1)[-1])
     near = difflib.get_close_matches(str(model).lower(), models(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}, or" if near else "give a name of data/models.toml,"
@@ -124,12 +120,17 @@ def listing_key(checkpoint: Checkpoint) -> str:
 
 
 def config_file(checkpoint: Checkpoint) -> Path | RemoteFile | None:
-    """The config.json by which safetensors are read; None for GGUF, and where there is none."""
+    """The config.json by which safetensors are read (Mistral's own files have a params.json).
+
+    None for GGUF, and where there is none.
+    """
     first = checkpoint.files[0]
-    if isinstance(first, RemoteFile):
+    if isinstance(first, RemoteFile) or checkpoint.config:
         return checkpoint.config
-    beside = first.parent / "config.json"
-    return beside if first.suffix != ".gguf" and beside.is_file() else None
+    if first.suffix == ".gguf":
+        return None
+    beside = (first.parent / name for name in _CONFIGS)
+    return next(filter(Path.is_file, beside), None)
 
 
 def config_hash(checkpoint: Checkpoint) -> str:
@@ -165,7 +166,8 @@ def matches_source(provenance: Mapping[str, str], model: str | Path) -> bool:
     if row or on_hub or (not path.exists() and _HUB_ID.fullmatch(text)):
         source = f"hub {row.hub_id if row else name}"
     elif path.exists():
-        source = f"folder {path.resolve().name}" if path.is_dir() else f"file {path.name}"
+        file = listing.series(path.name)[0]
+        source = f"folder {path.resolve().name}" if path.is_dir() else f"file {file}"
     else:
         return True
     commit = revision if on_hub and _COMMIT.fullmatch(revision) else ""
@@ -196,74 +198,57 @@ def _from_wheels(model: Model) -> Checkpoint:
 
 # Local files -------------------------------------------------------------------------------------
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+def _of_folder(folder: Path) -> Checkpoint:
+    """The weights of a folder, or of the one folder in it that has some."""
+    names = list(_names(folder, 2))
+    chosen = listing.weights_among(names, lambda n: (folder / n).read_bytes(), str(folder))
+    name = folder.resolve().name
+    files = tuple(folder / n for n in chosen)
+    # A configuration above the folder with the weights is theirs, if they have none beside them.
+    above = folder / "config.json"
+    beside = files[0].parent / above.name
+    config = above if above.is_file() and not beside.is_file() else None
+    return Checkpoint(name, files, f"folder {name}", config=config)
 
 
-def _checked_file(path: Path) -> Path:
-    if path.suffix in _FORMATS:
-        return path
-    if path.suffix in _PICKLES:
-        raise WdlibError(_convert(path))
-    raise WdlibError(f"{path} is neither a .safetensors nor a .gguf file: give one of these.")
-
-
-def _convert(path: Path) -> str:
-    return (
-        f"{path} is a pickle, which can run code when it is read: convert it on a machine you can "
-        "lose with transformers' `AutoModel.from_pretrained(folder).save_pretrained(other)`, which "
-        "writes safetensors, and give that folder."
-    )
-
-
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files with the weights in a folder: all shards, or the one safetensors or GGUF file."""
-    whole, index = folder / "model.safetensors", folder / INDEX
-    if index.is_file():
-        joined = shards(index)
-        if whole.is_file() and joined != (whole,):
-            raise WdlibError(
-                f"{folder} holds {whole.name} and {index.name}, which names other files: put one "
-                "of the two into a folder of its own, with config.json, and give that."
-            )
-        return joined
-    if whole.is_file():
-        return (whole,)
-    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
-    if len(found) == 1:
-        return (found[0],)
-    if found:
-        raise WdlibError(
-            f"{folder} holds {len(found)} files with weights ({found[0].name}, {found[1].name}, "
-            f"...) and no {INDEX} that joins them: give one of the files."
-        )
+def _names(folder: Path, depth: int) -> Iterator[str]:
+    """The files of a folder and, so deep, of those in it, with "/" between; no hidden ones."""
     for path in sorted(folder.iterdir()):
-        if path.suffix in _PICKLES:
-            raise WdlibError(_convert(path))
-    raise WdlibError(f"{folder} holds no .safetensors or .gguf file: give the model's folder.")
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path.name
+        elif depth:
+            yield from (f"{path.name}/{name}" for name in _names(path, depth - 1))
+
+
+def _of_file(path: Path) -> Checkpoint:
+    """A file, with the others of its series if it is a shard."""
+    if path.suffix not in listing.FORMATS:
+        raise WdlibError(f"{path.parent / listing.why_not(path.name)}.")
+    adapter = path.parent / listing.ADAPTER
+    if path.name.startswith("adapter_model") and adapter.is_file():
+        raise WdlibError(f"{path} {listing.adapter_of(adapter.read_bytes())}.")
+    names = listing.series(path.name)
+    there = [name for name in names if (path.parent / name).is_file()]
+    listing.all_there(names, there, str(path.parent), f"which goes with {path.name}")
+    stem = path.stem if len(names) == 1 else path.stem.rsplit("-", 3)[0]
+    return Checkpoint(stem, tuple(path.parent / name for name in names), f"file {names[0]}")
 
 
 def shards(index: Path) -> tuple[Path, ...]:
     """The files that a safetensors index names, in order, all of which have to be there."""
-    names = _shard_names(index, index.read_bytes())
-    for name in names:
-        if not (index.parent / name).is_file():
-            raise WdlibError(f"{index.parent} lacks {name}, which {index.name} names: download it.")
-    return tuple(index.parent / name for name in names)
-
-
-def _shard_names(index: Path | RemoteFile, content: bytes | bytearray) -> list[str]:
-    try:
-        names = sorted(set(json.loads(content)["weight_map"].values()))
-        if any(name != Path(name).name for name in names):
-            raise ValueError("it names files elsewhere")
-        return names
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WdlibError(f"{index} is corrupt ({error!r}): download it again.") from error
+    where = index.parent
+    names = listing.shard_names(index.name, index.read_bytes(), str(where))
+    there = [name for name in names if (where / name).is_file()]
+    listing.all_there(names, there, str(where), f"which {index.name} names")
+    return tuple(where / name for name in names)
 
 
 # The hub -----------------------------------------------------------------------------------------
 
-_WANTED = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "vocab*"]
+_SMALL = ("*.json", "tokenizer*", "merges.txt", "vocab*")
 _UNWANTED = ["*/*", "consolidated*"]
 _PATIENCE = 8.0  # seconds
 
@@ -272,33 +257,63 @@ def _from_hub(hub_id: str, name: str) -> Checkpoint:
     """Download a snapshot (safetensors, configuration and tokenizer only) into the hub's cache."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
-    refused = unreachable = None
+    refused = unreachable = info = None
     try:
         # The client waits without a limit for a silent network: ask once, with one.
-        HfApi().model_info(hub_id, timeout=_PATIENCE)
+        info = HfApi().model_info(hub_id, timeout=_PATIENCE)
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         refused = error  # the download below gives the same answer, or finds a copy in the cache
     except Exception as error:  # whatever the client's network library raises
         unreachable = error
     try:
+        wanted, unwanted = ["*.safetensors", *_SMALL], _UNWANTED
+        if info and info.siblings:
+            names = [file.rfilename for file in info.siblings]
+            wanted, unwanted = _patterns(hub_id, names, info.sha)
         folder = Path(
             snapshot_download(
                 hub_id,
-                allow_patterns=_WANTED,
-                ignore_patterns=_UNWANTED,
+                allow_patterns=wanted,
+                ignore_patterns=unwanted,
                 local_files_only=unreachable is not None,
             )
         )
+    except WdlibError:
+        raise
     except Exception as error:
         raise _not_fetched(hub_id, unreachable or error) from error
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.rglob("*.safetensors")):
         if failure := refused or unreachable:
             raise _not_fetched(hub_id, failure) from failure
         raise WdlibError(
             f"The hub's {hub_id} has no weights as safetensors: choose another repository of the "
             "model, or convert it and give the folder."
         )
-    return Checkpoint(name, _weight_files(folder), f"hub {hub_id}", revision=folder.name)
+    found = _of_folder(folder)
+    return replace(found, name=name, source=f"hub {hub_id}", revision=folder.name)
+
+
+def _patterns(hub_id: str, names: list[str], commit: str | None) -> tuple[list[str], list[str]]:
+    """What to download of a repository, and what of that not: no more than is read of it."""
+    from huggingface_hub import hf_hub_download
+
+    def content(name: str) -> bytes:
+        return Path(hf_hub_download(hub_id, name, revision=commit)).read_bytes()
+
+    chosen = listing.weights_among(names, content, f"The hub's {hub_id}")
+    inside = chosen[0].rpartition("/")[0]
+    beside = [f"{inside}/{pattern}" for pattern in _SMALL] if inside else []
+    unwanted = [name for name in names if name.rpartition("/")[0] not in ("", inside)]
+    return [*_no_gguf(chosen, hub_id), *_SMALL, *beside], unwanted
+
+
+def _no_gguf(names: tuple[str, ...], hub_id: str) -> tuple[str, ...]:
+    if names[0].endswith(".gguf"):
+        raise WdlibError(
+            f"The hub's {hub_id} holds {names[0]} and no safetensors: download it with `hf "
+            f"download {hub_id} {names[0]}`, and give the path that this prints."
+        )
+    return names
 
 
 def _not_fetched(hub_id: str, error: Exception) -> WdlibError:
@@ -319,18 +334,12 @@ def _on_hub(model: str) -> Checkpoint:
             "@revision after it for another than the newest."
         )
     there = hub.files(hub_id, revision or None)
-    index = there.get(INDEX)
-    if index:
-        names = _shard_names(index, index.content())
-    else:
-        names = [n for n in there if n.endswith(".safetensors") and "/" not in n]
-        names = [n for n in names if n == "model.safetensors"] or names
-    if (not index and len(names) != 1) or not there.keys() >= set(names):
-        raise WdlibError(
-            f"The hub's {hub_id} has no model.safetensors, and no {INDEX} whose files are all "
-            "there: choose another repository of the model."
-        )
+    where = f"The hub's {hub_id}"
+    names = listing.weights_among(there, lambda n: bytes(there[n].content()), where)
+    names = _no_gguf(names, hub_id)
+    inside = names[0].rpartition("/")[0]
+    configs = [f"{folder}{n}" for folder in (f"{inside}/" * bool(inside), "") for n in _CONFIGS]
     files = tuple(there[n] for n in names)
     name = row.name if row else hub_id.rsplit("/", 1)[-1]
-    source, config = f"hub {hub_id}", there.get("config.json")
+    source, config = f"hub {hub_id}", next((there[n] for n in configs if n in there), None)
     return Checkpoint(name, files, source, revision=files[0].commit, config=config)

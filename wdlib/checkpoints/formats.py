@@ -25,6 +25,35 @@ _PIECE = 2**16
 """Values that gguf decodes at a time: what it makes on the way then stays in the cache."""
 
 
+def _fp8_e4m3() -> np.ndarray:
+    """The 256 values of an FP8 number with 4 bits of exponent, without infinities.
+
+    Source: Micikevicius et al. 2022, *FP8 formats for deep learning*, arXiv 2209.05433, table 1.
+    """
+    codes = np.arange(256)
+    exponent, fraction = codes >> 3 & 15, codes & 7
+    size = np.where(exponent, np.ldexp(8 + fraction, exponent - 10), np.ldexp(fraction, -9))
+    size[codes & 127 == 127] = np.nan
+    return np.where(codes < 128, size, -size).astype(np.float32)
+
+
+_TABLES = {
+    "F8_E4M3": _fp8_e4m3(),
+    # The upper half of a float16.
+    "F8_E5M2": (np.arange(256, dtype="<u2") << 8).view("<f2").astype(np.float32),
+    # Powers of two, as scales of the MX formats (Open Compute Project 2023, section 5.4.1).
+    "F8_E8M0": np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan)),
+}
+"""The value of each byte, by data type."""
+
+EXACT = (*STORED, "F8_E4M3", "F8_E5M2")
+"""Data types of numbers that stand for themselves."""
+
+VALUE_BYTES = {t: kind.itemsize for t, kind in STORED.items()} | dict.fromkeys(_TABLES, 1)
+VALUE_BYTES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)} | {"BOOL": 1}
+"""Bytes of a value, by data type of safetensors."""
+
+
 @dataclass(frozen=True)
 class Tensor:
     """Where a tensor lies: `size` bytes at `offset` of `file`, row-major, last axis fastest."""
@@ -69,6 +98,8 @@ def widen(values: np.ndarray) -> np.ndarray:
 
 def decode(raw: np.ndarray, dtype: str) -> np.ndarray:
     """Bytes (rows, bytes per row) -> float32 (rows, columns); float64 stays what it is."""
+    if dtype in _TABLES:
+        return _TABLES[dtype][raw]
     if dtype in STORED:
         values = widen(raw.view(STORED[dtype]))
         return values if dtype == "F64" else values.astype(np.float32, copy=False)
@@ -91,12 +122,12 @@ def check_readable(tensor: Tensor) -> None:
     if tensor.file.suffix == ".gguf":
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        kind = GGMLQuantizationType[tensor.dtype]
         try:
+            kind = GGMLQuantizationType[tensor.dtype]
             decode(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), tensor.dtype)
             return
-        except NotImplementedError:
-            remedy = "use a file of the model with another quantisation"
+        except (KeyError, NotImplementedError):
+            remedy = "use a file of the model with another quantisation, or a newer gguf package"
     raise WdlibError(
         f"The tensor {tensor.name} of {tensor.file.name} is stored as {tensor.dtype}, which cannot "
         f"be turned into float32 here: {remedy}."

@@ -1,4 +1,4 @@
-"""Headers of safetensors and GGUF files -> where each tensor lies, and the model's geometry."""
+"""Headers of safetensors and GGUF files -> where each tensor lies."""
 
 import dataclasses
 import json
@@ -6,82 +6,62 @@ import math
 import mmap
 import struct
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from wdlib import WdlibError
+from wdlib.checkpoints import companions, geometry
 from wdlib.checkpoints.files import Checkpoint, config_file
-from wdlib.checkpoints.formats import STORED, Tensor
+from wdlib.checkpoints.formats import VALUE_BYTES, Tensor
+from wdlib.checkpoints.geometry import Geometry
 from wdlib.checkpoints.hub import RemoteFile
 
 HEADER_BYTES = 100_000_000
 """The format's own limit to the header of a safetensors file."""
 
+GGML_TYPES = 1024
+"""Numbers of types are below, those of forks of llama.cpp included; another one is damage."""
+
 HEADERS_AT_ONCE = 8
 """Headers of so many files are read at the same time: on the hub, each waits for two answers."""
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """What the names and shapes of the tensors do not say; None where the checkpoint does not."""
-
-    architecture: str | None = None
-    layers: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    predictors: int = 0
-    """Layers after the decoder's that predict further tokens."""
-
-
 def read_headers(checkpoint: Checkpoint) -> tuple[Geometry, dict[str, Tensor]]:
-    """Geometry and table of tensors of all files of a checkpoint."""
+    """Geometry and table of all files of a checkpoint; names as unquantised."""
     first = checkpoint.files[0]
     if isinstance(first, Path) and first.suffix == ".gguf":
-        metadata, tensors = gguf_header(first)
-        return _geometry_of_gguf(metadata), tensors
+        return _read_gguf([file for file in checkpoint.files if isinstance(file, Path)])
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
         tables = list(pool.map(safetensors_header, checkpoint.files))
-    geometry = _geometry_of_config(config_file(checkpoint))
-    return geometry, {k: t for table in tables for k, t in table.items()}
+    shape = geometry.of_config(config_file(checkpoint))
+    tensors = {k: t for table in tables for k, t in table.items()}
+    return shape, companions.of_safetensors(tensors, shape.quantisation)
 
 
-def _geometry_of_config(file: Path | RemoteFile | None) -> Geometry:
-    if file is None:
-        return Geometry()
-    content = file.content() if isinstance(file, RemoteFile) else file.read_bytes()
-    try:
-        config = json.loads(content)
-        config = config.get("text_config") or config
-    except (ValueError, AttributeError) as error:
-        raise WdlibError(f"{file} is not a model's configuration ({error}).") from error
-
-    def first(*keys: str) -> Any:
-        return next((config[key] for key in keys if config.get(key) is not None), None)
-
-    heads = first("num_attention_heads", "n_head", "n_heads")
-    return Geometry(
-        architecture=first("model_type"),
-        layers=first("num_hidden_layers", "n_layer", "n_layers"),
-        heads=heads,
-        kv_heads=first("num_key_value_heads") or heads,
-        predictors=first("num_nextn_predict_layers", "num_mtp_layers") or 0,
-    )
-
-
-def _geometry_of_gguf(metadata: dict[str, Any]) -> Geometry:
-    architecture = metadata.get("general.architecture")
-
-    def field(key: str) -> Any:
-        return metadata.get(f"{architecture}.{key}")
-
-    layers, heads = field("block_count"), field("attention.head_count")
-    # The last blocks of some models predict further tokens and are no part of the decoder.
-    predictors = field("nextn_predict_layers") or 0
-    if layers is not None:
-        layers -= predictors
-    kv_heads = metadata.get(f"{architecture}.attention.head_count_kv", heads)
-    return Geometry(architecture, layers, heads, kv_heads, predictors)
+def _read_gguf(paths: list[Path]) -> tuple[Geometry, dict[str, Tensor]]:
+    """Geometry and tensors of a GGUF file, or of all parts of a split one, in order."""
+    tensors: dict[str, Tensor] = {}
+    first: dict[str, Any] = {}
+    for number, path in enumerate(paths):
+        metadata, table = gguf_header(path)
+        first = first or metadata
+        count = metadata.get("split.count", 1) or 1
+        if (metadata.get("split.no", 0), count) != (number, len(paths)):
+            raise WdlibError(
+                f"{path} says that it is part {metadata.get('split.no', 0) + 1} of {count}: give "
+                "all parts the names that `llama-gguf-split` gave them, in one folder, or join "
+                "them with `llama-gguf-split --merge`."
+            )
+        if twice := tensors.keys() & table.keys():
+            raise WdlibError(f"{path} holds {min(twice)}, as another part does: download it again.")
+        tensors |= table
+    if first.get("split.tensors.count", len(tensors)) != len(tensors):
+        raise WdlibError(
+            f"The parts of {paths[0]} hold {len(tensors)} tensors of "
+            f"{first['split.tensors.count']}: download them again."
+        )
+    return geometry.of_gguf(first, str(paths[0])), companions.of_gguf(tensors)
 
 
 def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
@@ -107,8 +87,8 @@ def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
             f"The header of {path} is corrupt ({error!r}): download it again."
         ) from error
     for tensor in table.values():
-        value = STORED.get(tensor.dtype)
-        _check_extent(tensor, size, value and value.itemsize * math.prod(tensor.shape))
+        value = VALUE_BYTES.get(tensor.dtype)
+        _check_extent(tensor, size, value and value * math.prod(tensor.shape))
     _check_order(list(table.values()), 8 + length, size, alignment=1)
     return table
 
@@ -186,10 +166,6 @@ def gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise WdlibError(
                 f"The header of {path} is truncated or corrupt ({error}): download it again."
             ) from error
-    if metadata.get("split.count", 1) > 1:
-        raise WdlibError(
-            f"{path} is one part of a split model: join the parts with `llama-gguf-split --merge`."
-        )
     alignment = metadata.get("general.alignment") or 32
     if alignment % 8 or alignment & (alignment - 1) or len({t.name for t in table}) < len(table):
         raise WdlibError(
@@ -197,7 +173,14 @@ def gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "twice): download it again."
         )
     data = -(-cursor.position // alignment) * alignment
-    placed = {t.name: dataclasses.replace(t, offset=data + t.offset) for t in table}
+    ends = sorted({t.offset for t in table} | {size - data})
+    following = dict(pairwise(ends))  # of a type that is not known, all bytes up to the next tensor
+    placed = {
+        t.name: dataclasses.replace(
+            t, offset=data + t.offset, size=following.get(t.offset, 0) if t.size < 0 else t.size
+        )
+        for t in table
+    }
     for tensor in placed.values():
         _check_extent(tensor, size, None)
     _check_order(list(placed.values()), data, size, alignment=alignment)
@@ -205,12 +188,19 @@ def gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _gguf_tensor(cursor: "_Cursor", path: Path) -> Tensor:
-    """One row of a GGUF file's table of tensors; its offset still counts from the data's start."""
+    """One row of a GGUF file's table of tensors; its offset still counts from the data's start.
+
+    A type that the gguf package does not know, of a newer llama.cpp, a fork of it or a former
+    version, is called by its number, and has a size of -1.
+    """
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     name = cursor.text()
     shape = tuple(cursor.scalar("Q") for _ in range(cursor.scalar("I")))[::-1]
-    kind = GGMLQuantizationType(cursor.scalar("I"))
+    number = cursor.scalar("I")
+    if number not in GGML_QUANT_SIZES and number < GGML_TYPES:
+        return Tensor(name, shape, f"GGML type {number}", path, cursor.scalar("Q"), -1)
+    kind = GGMLQuantizationType(number)
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if shape and shape[-1] % block:
         raise ValueError(f"the rows of {name} are no multiple of {block}")

@@ -3,16 +3,18 @@
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 from wdlib import TYPES, WdlibError
-from wdlib.checkpoints.architectures import TensorRole, tensor_role
+from wdlib.checkpoints.architectures import OTHERS, TensorRole, tensor_role
 from wdlib.checkpoints.files import Checkpoint, resolve
 from wdlib.checkpoints.formats import Tensor, check_readable
-from wdlib.checkpoints.headers import Geometry, read_headers
+from wdlib.checkpoints.geometry import Geometry
+from wdlib.checkpoints.headers import read_headers
+from wdlib.checkpoints.quantised import QuantisedTensor, UnreadableTensor
 
 _Place = tuple[int, str, int | None]
 
@@ -21,8 +23,9 @@ _Place = tuple[int, str, int | None]
 class Entry:
     """One matrix of a checkpoint, from the headers alone.
 
-    `layer` counts from 0; `type` is one of `wdlib.TYPES`; `name` is the tensor's name in the file;
-    `shape` is (d_out, d_in); `dtype` is the stored one ("BF16", "Q4_1", ...). `expert` is None for
+    `layer` counts from 0; `type` is one of `wdlib.TYPES`; `name` is the tensor's name in the file,
+    or the one that it has unquantised; `shape` is (d_out, d_in); `dtype` is what is stored ("BF16",
+    "Q4_1", "GPTQ 4-bit", ...). `expert` is None for
     a matrix that every token passes (a dense layer, or the shared experts beside routed ones) and
     the expert's number for a routed one.
     """
@@ -112,18 +115,19 @@ def projection_parts(
         raise WdlibError(f"There is no projection type {unknown[0]!r}: give some of {TYPES}.")
     parts = [part for part in parts if part.entry.layer in asked and part.entry.type in kinds]
     for tensor in {part.tensor.dtype: part.tensor for part in parts}.values():
-        check_readable(tensor)
+        if not isinstance(tensor, QuantisedTensor):
+            check_readable(tensor)
     return parts
 
 
 def _all_parts(checkpoint: Checkpoint) -> list[Part]:
     """The pieces of tensors to read, in the order of `inventory`."""
     geometry, tensors = read_headers(checkpoint)
-    _refuse_packed(tensors, geometry.architecture)
+    roles = {name: tensor_role(name, geometry.architecture) for name in tensors}
     parts: list[Part] = []
-    for tensor in tensors.values():
-        if role := tensor_role(tensor.name, geometry.architecture):
-            parts += _parts_of(tensor, role, geometry)
+    for name, role in roles.items():
+        if role:
+            parts += _parts_of(tensors[name], role, geometry)
     if geometry.layers is not None:
         beyond = max((part.entry.layer for part in parts), default=0)
         if beyond >= geometry.layers + geometry.predictors:
@@ -134,37 +138,41 @@ def _all_parts(checkpoint: Checkpoint) -> list[Part]:
         parts = [part for part in parts if part.entry.layer < geometry.layers]
     if not parts:
         _refuse_names(checkpoint, geometry, tensors)
+    _check_all_known(checkpoint, geometry, tensors, roles)
     parts.sort(key=lambda part: place_order(*part.entry.place))
     _check_complete(checkpoint, geometry, [part.entry for part in parts])
     return parts
 
 
-_QUANTISED = re.compile(r".*\.(?:qweight|weight_packed|weight\.absmax|weight_scale|SCB)")
-_PACKED = re.compile(r"(.*\.weight)\.absmax|(.*)\.scales")
-"""What bitsandbytes and MLX put beside a tensor whose shape is no longer the matrix's."""
-
-
-def _refuse_packed(tensors: dict[str, Tensor], architecture: str | None) -> None:
-    """Refuse projections whose shape their quantisation has changed."""
+def _check_all_known(
+    checkpoint: Checkpoint,
+    geometry: Geometry,
+    tensors: Mapping[str, Tensor],
+    roles: Mapping[str, TensorRole | None],
+) -> None:
+    """Refuse a layer with a matrix that no rule takes and that is on no list of others."""
+    read = [role for role in roles.values() if role]
+    if geometry.layers is not None:
+        read = [role for role in read if role.layer < geometry.layers]
+    stacks = {role.stack for role in read}
     for name, tensor in tensors.items():
-        if found := _PACKED.fullmatch(name):
-            packed = found[1] or f"{found[2]}.weight"
-            if packed in tensors and tensor_role(packed, architecture):
-                raise _quantised(tensor)
-
-
-def _quantised(tensor: Tensor) -> WdlibError:
-    return WdlibError(
-        f"{tensor.file.name} holds quantised weights ({tensor.name}), which cannot be read from "
-        "safetensors: use the unquantised checkpoint or a GGUF file of the model."
-    )
+        above = (name[: dot.start()] for dot in re.finditer(r"\.", name))
+        if roles[name] or len(tensor.shape) < 2 or OTHERS.fullmatch(name):
+            continue
+        if any(stack in stacks for stack in above):
+            raise WdlibError(
+                f"The tensor {name} of {checkpoint.name}, of shape {tensor.shape}, is a matrix of "
+                "a layer that is read, and no row names it: the rest of the layer alone would pass "
+                "for the whole. Add a row for it to RULES in wdlib/checkpoints/architectures.py, "
+                "or to OTHERS if it is no projection."
+            )
 
 
 def _refuse_names(checkpoint: Checkpoint, geometry: Geometry, tensors: dict[str, Tensor]) -> None:
     """Say why no tensor is a projection."""
-    for name, tensor in tensors.items():
-        if _QUANTISED.fullmatch(name):
-            raise _quantised(tensor)
+    for tensor in tensors.values():
+        if isinstance(tensor, UnreadableTensor):
+            raise _unread(tensor)
     hint = "" if geometry.architecture else "put the model's config.json beside the file, or "
     raise WdlibError(
         f"No tensor of {checkpoint.name} has a name that is known as a projection (seen: "
@@ -173,8 +181,18 @@ def _refuse_names(checkpoint: Checkpoint, geometry: Geometry, tensors: dict[str,
     )
 
 
+def _unread(tensor: UnreadableTensor) -> WdlibError:
+    return WdlibError(
+        f"The tensor {tensor.name} of {tensor.file.name} is not read, because {tensor.reason}."
+    )
+
+
 def _parts_of(tensor: Tensor, role: TensorRole, geometry: Geometry) -> Iterator[Part]:
     """The matrices that one tensor holds."""
+    if isinstance(tensor, UnreadableTensor):
+        raise _unread(tensor)
+    if isinstance(tensor, QuantisedTensor) and role.layout == "conv1d":
+        role = replace(role, layout="linear")  # those who quantise a Conv1D transpose it
     where = f"tensor {tensor.name} of {tensor.file.name}"
     dimensions = (2, 3) if role.expert is None else (2,)
     if len(tensor.shape) not in dimensions or 0 in tensor.shape:
@@ -234,6 +252,7 @@ def _check_complete(checkpoint: Checkpoint, geometry: Geometry, entries: list[En
     there = Counter(entry.place for entry in entries)
     number = entries[-1].layer + 1 if geometry.layers is None else geometry.layers
     _check_numbers(checkpoint, number, there)
+    _check_experts(checkpoint, geometry, entries)
     expected = sorted(_expected(number, there), key=lambda place: place_order(*place))
     for layer, kind, expert in expected:
         if (layer, kind, expert) not in there:
@@ -264,6 +283,26 @@ def _check_numbers(checkpoint: Checkpoint, number: int, there: Collection[_Place
                 f"{checkpoint.name} has no {what} {gap} of {count}: the checkpoint is incomplete, "
                 "its configuration is another's, or RULES in wdlib/checkpoints/architectures.py "
                 "lacks a row for a name of it."
+            )
+
+
+_SHARED = re.compile(r".*shared_(?:experts?|mlp)\..*|.*_shexp\..*")
+
+
+def _check_experts(checkpoint: Checkpoint, geometry: Geometry, entries: list[Entry]) -> None:
+    """Refuse another number of experts than the configuration's, and shared experts alone."""
+    routed = {entry.expert for entry in entries} - {None}
+    if routed and geometry.experts not in (None, len(routed)):
+        raise WdlibError(
+            f"{checkpoint.name} holds {len(routed)} experts, and its configuration says "
+            f"{geometry.experts}: it is incomplete, or the configuration is another model's."
+        )
+    with_routed = {entry.layer for entry in entries if entry.expert is not None}
+    for entry in entries:
+        if entry.layer not in with_routed and _SHARED.fullmatch(entry.name):
+            raise WdlibError(
+                f"Layer {entry.layer} of {checkpoint.name} has a shared expert ({entry.name}) "
+                "alone, and no routed one: the checkpoint is incomplete."
             )
 
 

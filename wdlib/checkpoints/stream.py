@@ -16,8 +16,9 @@ import numpy as np
 
 from wdlib import WdlibError
 from wdlib.checkpoints.files import Checkpoint
-from wdlib.checkpoints.formats import STORED, decode, read_rows
+from wdlib.checkpoints.formats import STORED
 from wdlib.checkpoints.plan import Part, projection_parts
+from wdlib.checkpoints.quantised import Rows, decode, read_rows
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def read(part: Part, *, decoded: bool = True) -> Projection:
     decoded: False leaves a matrix of 16-bit floats in them (`formats.BFLOAT16`), unchecked.
     """
     raw = read_rows(part.tensor, *part.rows)
-    if decoded or part.tensor.dtype not in STORED:
+    if decoded or part.tensor.dtype not in STORED or not isinstance(raw, np.ndarray):
         return _projection(part, raw)
     entry, matrix = part.entry, _laid_out(part, raw.view(STORED[part.tensor.dtype]))
     return Projection(entry.layer, entry.type, entry.name, matrix, entry.expert)
@@ -69,15 +70,18 @@ def read_all(parts: Sequence[Part]) -> Iterator[Projection]:
     Raises WdlibError as `projections` does.
     """
     with ThreadPoolExecutor(1) as pool:
-        ahead: Future[np.ndarray] | None = None
+        ahead: Future[np.ndarray | Rows] | None = None
         for part, following in zip_longest(parts, parts[1:]):
             ahead = ahead or pool.submit(read_rows, part.tensor, *part.rows)
-            made = [_projection(part, ahead.result())]
+            raw = ahead.result()
+            made = [_projection(part, raw)]
             # Only now: two matrices as stored and one in float32 would be the peak otherwise.
             if following is None:
                 ahead = None
             elif (following.tensor, following.rows) != (part.tensor, part.rows):
-                ahead = pool.submit(read_rows, following.tensor, *following.rows)
+                known = [raw] if isinstance(raw, Rows) and following.tensor == part.tensor else []
+                ahead = pool.submit(read_rows, following.tensor, *following.rows, *known)
+            del raw
             yield made.pop()  # a variable of this function would keep it alive
 
 
@@ -101,15 +105,15 @@ def requantise(projection: Projection, kind: str) -> Projection:
     return dataclasses.replace(projection, matrix=matrix)
 
 
-def _projection(part: Part, raw: np.ndarray) -> Projection:
+def _projection(part: Part, raw: np.ndarray | Rows) -> Projection:
     entry = part.entry
     return Projection(entry.layer, entry.type, entry.name, _matrix(part, raw), entry.expert)
 
 
-def _matrix(part: Part, raw: np.ndarray) -> np.ndarray:
+def _matrix(part: Part, raw: np.ndarray | Rows) -> np.ndarray:
     """One matrix from the bytes of its rows: (d_out, d_in), C order."""
     tensor = part.tensor
-    matrix = _laid_out(part, decode(raw, tensor.dtype))
+    matrix = _laid_out(part, decode(tensor, raw))
     if not np.isfinite(matrix).all():
         raise WdlibError(
             f"The tensor {tensor.name} of {tensor.file.name} holds NaN or infinity: the file is "

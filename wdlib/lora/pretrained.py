@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from wdlib import WdlibError, first_line, paths
-from wdlib.checkpoints.files import INDEX, Checkpoint, content_hash, resolve, shards
+from wdlib.checkpoints.files import Checkpoint, content_hash, resolve, shards
 from wdlib.checkpoints.headers import gguf_header
+from wdlib.checkpoints.listing import INDEX
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -174,6 +175,11 @@ def _source(checkpoint: Checkpoint) -> tuple[Path, dict[str, str]]:
             f"{checkpoint.name} leaves its weights on the hub: give the plain hub id, without hf://"
         )
     folder = file.parent
+    if file.suffix == ".gguf" and len(checkpoint.files) > 1:
+        raise WdlibError(
+            f"{file} is one part of a split model, of which transformers would read no other: join "
+            "the parts with `llama-gguf-split --merge`"
+        )
     gguf = {"gguf_file": file.name} if file.suffix == ".gguf" else {}
     if not gguf and not (folder / "config.json").is_file():
         raise WdlibError(
