@@ -89,6 +89,14 @@ def test_packed_integers_need_no_configuration(tmp_path):
                 np.testing.assert_array_equal(found, expected)
 
 
+def test_packed_integers_may_name_the_group_of_each_column(tmp_path):
+    """As compressed-tensors wrote it once: here, the groups of scales are turned around."""
+    stored, expected, settings = written("compressed-tensors-pack-quantized-4-group")
+    stored["x.weight_scale"] = stored["x.weight_scale"].flip(1)
+    stored["x.weight_g_idx"] = 2 - torch.arange(96, dtype=torch.int32) // 32
+    np.testing.assert_array_equal(read(tmp_path, stored, settings), expected)
+
+
 # transformers ---------------------------------------------------------------------------------
 
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
