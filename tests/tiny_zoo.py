@@ -184,6 +184,38 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 """Fields of a type's configuration that have to be something else."""
 
 
+_FEWER = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}
+VARIANTS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
+    ("causal", "glm4_moe, all layers routed"): ("glm4_moe", {"first_k_dense_replace": 0}),
+    ("causal", "gemma4_text, experts"): ("gemma4_text", {"enable_moe_block": True, **_FEWER}),
+    ("causal", "gemma4_text, values from keys"): ("gemma4_text", {"attention_k_eq_v": True}),
+    ("causal", "gpt_bigcode, all heads"): ("gpt_bigcode", {"multi_query": False}),
+    ("causal", "falcon, all heads"): ("falcon", {"multi_query": False, "num_kv_heads": 4}),
+    ("causal", "falcon, new decoder"): (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 2},
+    ),
+    ("causal", "deepseek_v3, full queries"): ("deepseek_v3", {"q_lora_rank": None}),
+    ("causal", "granitemoehybrid, dense"): ("granitemoehybrid", {"num_local_experts": 0}),
+    ("causal", "qwen2_moe, a dense layer"): ("qwen2_moe", {"mlp_only_layers": [0]}),
+    ("causal", "bert, cross-attention"): (
+        "bert",
+        {"is_decoder": True, "add_cross_attention": True},
+    ),
+    ("causal", "roberta, cross-attention"): (
+        "roberta",
+        {"is_decoder": True, "add_cross_attention": True},
+    ),
+    ("causal", "gpt2, cross-attention"): ("gpt2", {"add_cross_attention": True}),
+    ("seq2seq", "t5, gated"): ("t5", {"feed_forward_proj": "gated-gelu"}),
+    ("image-text", "mllama, cross-attention"): (
+        "mllama",
+        {"text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]}},
+    ),
+}
+"""Types with other fields, which hold what the usual ones do not."""
+
+
 def merge(fields: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     both = dict(fields)
     for key, value in others.items():
@@ -203,19 +235,20 @@ _AUTO = {
 }
 
 
-def configuration(kind: str) -> Any:
+def configuration(kind: str, more: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING
 
     made = CONFIG_MAPPING[kind]
-    others = EXCEPTIONS.get(kind, {})
+    others = merge(EXCEPTIONS.get(kind, {}), more)
     fields = merge(made(**others.pop("first", {})).to_dict(), others.pop("before", {}))
     left_out = ("transformers_version", "architectures", "_name_or_path", "model_type")
     fields = {k: v for k, v in fields.items() if k not in left_out}
     return made(**merge(shrink(fields), others))
 
 
-def _config(task: str, kind: str) -> Any:
-    made = configuration(kind)
+def _config(task: str, name: str) -> Any:
+    kind, more = VARIANTS.get((task, name), (name, {}))
+    made = configuration(kind, more)
     if kind == "reformer":
         made.is_decoder = task == "causal"
     return made

@@ -20,9 +20,10 @@ class TensorRole:
 
     transposed: whether it is stored as (d_in, d_out). groups: into how many equal groups its
     outputs are divided, each of which holds all types: a number, or "heads", "kv heads" or
-    "columns" (as many as there are outputs of a type). rope: whether the rows of each head are in
-    the order of llama.cpp, which pairs the halves of a head. flat: whether three dimensions are
-    those of a matrix whose columns are divided into heads.
+    "columns" (as many as there are outputs of a type). rope: whether the rows of each head of q and
+    k are in the order of llama.cpp, which pairs the halves of a head. axes: what three dimensions
+    are, but for experts: "flat", of a matrix whose columns are divided into heads, or "stacked", a
+    matrix of each head.
     """
 
     stack: str
@@ -33,7 +34,7 @@ class TensorRole:
     transposed: bool = False
     groups: int | str = 1
     rope: bool = False
-    flat: bool = False
+    axes: str = ""
 
     @property
     def is_routed(self) -> bool:
@@ -98,7 +99,7 @@ def tensor_role(name: str, architectures: Collection[str] = ()) -> TensorRole | 
         transposed="transposed" in layout,
         groups=_groups(layout),
         rope="rope" in layout,
-        flat="flat" in layout,
+        axes=next((word for word in ("flat", "stacked") if word in layout), ""),
     )
 
 
@@ -148,9 +149,12 @@ def _block(inner: str, layout: str) -> str:
         return "experts"
     if any(word in inner.split(".") for word in lexicon.SHARED_EXPERTS.split()):
         return "shared expert"
+    if inner.startswith(_CROSS_STARTS):
+        return "cross-attention"
     return "mlp" if inner.startswith(_MLP_STARTS) else "attention"
 
 
+_CROSS_STARTS = tuple(f"{block}." for block in lexicon.CROSS_ATTENTION.split())
 _MLP_STARTS = ("ffn_", *(f"{block}." for block in lexicon.MLP.split() if block != "mixer"))
 
 

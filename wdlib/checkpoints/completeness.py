@@ -30,17 +30,25 @@ _Row = tuple[Matrix, TensorRole]
 _ADD = "or wdlib/checkpoints/lexicon.py lacks a row for its name (see docs/architectures.md)"
 
 
-def check(model: str, geometry: Geometry, layers: int, rows: Sequence[_Row]) -> None:
+def check(
+    model: str,
+    geometry: Geometry,
+    layers: Collection[int],
+    rows: Sequence[_Row],
+    *,
+    crossed: Collection[int] = (),
+) -> None:
     """Refuse a stack in which a layer lacks a matrix, has it twice or in a wrong shape.
 
-    rows: the matrices in their order, each with what its name says. Layers of one kind, by the
-    configuration, hold the same; those of different kinds (hybrids) need not.
+    layers: those that have to be there. rows: the matrices in their order, each with what its name
+    says. crossed: the layers that have cross-attention, which is a stack of its own. Layers of one
+    kind, by the configuration, hold the same; those of different kinds (hybrids) need not.
 
     Raises WdlibError that names the layer and what is wrong with it.
     """
     _check_numbers(model, geometry, layers, rows)
     _check_kinds(model, geometry, layers, rows)
-    _check_blocks(model, layers, rows)
+    _check_blocks(model, geometry, layers, rows, crossed)
     for (entry, _), (following, _) in pairwise(rows):
         if (entry.layer, entry.type, entry.expert) == (
             following.layer,
@@ -54,19 +62,18 @@ def check(model: str, geometry: Geometry, layers: int, rows: Sequence[_Row]) -> 
     _check_shapes(model, [entry for entry, _ in rows])
 
 
-def _check_numbers(model: str, geometry: Geometry, layers: int, rows: Sequence[_Row]) -> None:
+def _check_numbers(
+    model: str, geometry: Geometry, layers: Collection[int], rows: Sequence[_Row]
+) -> None:
     """Refuse gaps among layers and experts, before anything is made that is as large as they."""
-    routed = {entry.expert for entry, _ in rows} - {None}
-    experts = len(routed) and max(e for e in routed if e is not None) + 1
-    held: Collection[int | None]
-    for what, count, held in (
-        ("layer", layers, {entry.layer for entry, _ in rows}),
-        ("expert", experts, routed),
-    ):
-        gap = next((i for i in range(count) if i not in held), None)
+    routed = {entry.expert for entry, _ in rows if entry.expert is not None}
+    held = {entry.layer for entry, _ in rows}
+    experts = range(max(routed, default=-1) + 1)
+    for what, wanted, there in (("layer", layers, held), ("expert", experts, routed)):
+        gap = next((i for i in wanted if i not in there), None)
         if gap is not None:
             raise WdlibError(
-                f"{model} has no {what} {gap} of {count}: the checkpoint is incomplete, its "
+                f"{model} has no {what} {gap} of {len(wanted)}: the checkpoint is incomplete, its "
                 f"configuration is another's, {_ADD}."
             )
     if routed and geometry.experts not in (None, len(routed)):
@@ -75,7 +82,7 @@ def _check_numbers(model: str, geometry: Geometry, layers: int, rows: Sequence[_
             "it is incomplete, or the configuration is another model's."
         )
     with_routed = {entry.layer for entry, role in rows if role.is_routed}
-    for entry, role in rows:
+    for entry, role in rows if geometry.experts != 0 else ():
         if role.block == "shared expert" and entry.layer not in with_routed:
             raise WdlibError(
                 f"Layer {entry.layer} of {model} has a shared expert ({entry.name}) alone, and no "
@@ -86,19 +93,21 @@ def _check_numbers(model: str, geometry: Geometry, layers: int, rows: Sequence[_
 _MLP = ("mlp", "shared expert", "experts")
 
 
-def _check_kinds(model: str, geometry: Geometry, layers: int, rows: Sequence[_Row]) -> None:
+def _check_kinds(
+    model: str, geometry: Geometry, layers: Collection[int], rows: Sequence[_Row]
+) -> None:
     """Refuse a layer that lacks what others of its kind have."""
     kinds = dict(enumerate(geometry.kinds))
     held: dict[tuple[str, int], set[tuple[str, int | None]]] = defaultdict(set)
     for entry, role in rows:
         block = role.block if role.block in _MLP else "mixer"
         held[block, entry.layer].add((entry.type, entry.expert))
-    for layer in range(layers):
-        alike = [n for n in range(layers) if kinds.get(n) == kinds.get(layer)]
+    for layer in layers:
+        alike = [n for n in layers if kinds.get(n) == kinds.get(layer)]
         wanted = set().union(*(held["mixer", n] for n in alike))
         lacking = wanted - held["mixer", layer]
         for block in _MLP:
-            there = set().union(*(held[block, n] for n in range(layers)))
+            there = set().union(*(held[block, n] for n in layers))
             if held[block, layer]:
                 lacking |= there - held[block, layer]
         own = {block for block in _MLP if held[block, layer]}
@@ -120,7 +129,21 @@ def _lacks(model: str, layer: int, kind: str, expert: int | None = None) -> Wdli
     )
 
 
-def _check_blocks(model: str, layers: int, rows: Sequence[_Row]) -> None:
+_OF_MLP = {"gate", "up", "down"}
+_QUERIES = {"q", "q_b", "qk", "receptance"}
+_KEYS = {"k", "k_b", "kv", "kv_b", "qk"}
+_VALUES = {"v", "v_b", "kv", "kv_b", "v_current"}
+_OUTPUTS = {"o", "o_b"}
+"""Types that stand for each of the four of attention, where it is not the usual one."""
+
+
+def _check_blocks(
+    model: str,
+    geometry: Geometry,
+    layers: Collection[int],
+    rows: Sequence[_Row],
+    crossed: Collection[int],
+) -> None:
     """Refuse a layer whose attention or MLP is not whole, whatever other layers have."""
     types: dict[int, set[str]] = defaultdict(set)
     inner: dict[tuple[int, str, int | None], set[str]] = defaultdict(set)
@@ -132,30 +155,22 @@ def _check_blocks(model: str, layers: int, rows: Sequence[_Row]) -> None:
         for kind in ("up", "down"):
             if kind not in found:
                 raise _lacks(model, layer, kind, expert)
-    everywhere = set().union(*types.values())
-    both = any(_mixes(found) and "down" in found for found in types.values())
-    for layer in range(layers):
+    mixed = {layer for layer in layers if types[layer] - _OF_MLP} | {*crossed}
+    both = any("down" in types[layer] for layer in mixed)
+    for layer in layers:
         found = types[layer]
-        if "o" in found and not _queries(found):
-            raise _lacks(model, layer, "q")
-        if "q" in found and not found - {*TYPES} and "o" not in found:
-            raise _lacks(model, layer, "o")
-        if both and not _mixes(found):
+        if found & {"q", "k", "v", "o"}:
+            wanted = {"q": _QUERIES, "k": _KEYS, "v": _VALUES, "o": _OUTPUTS}
+            for kind, known in wanted.items():
+                if not found & known and not (geometry.shares_kv and kind in "kv"):
+                    raise _lacks(model, layer, kind)
+        if both and layer not in mixed:
             raise _lacks(model, layer, "q")
         if both and "down" not in found:
             raise _lacks(model, layer, "up")
-    for kind in ("k", "v", "up") if "q" in everywhere else ():
-        if kind not in everywhere and not (kind in "kv" and everywhere - {*TYPES}):
-            raise _lacks(model, 0, kind)
-
-
-def _mixes(types: Collection[str]) -> bool:
-    """Whether a layer has attention, or what stands in its place."""
-    return bool(set(types) - {"gate", "up", "down"})
-
-
-def _queries(types: Collection[str]) -> bool:
-    return "q" in types or bool(set(types) - {*TYPES})
+    is_cross = all(role.block == "cross-attention" for _, role in rows)
+    if not both and not is_cross and all("q" in found for found in types.values()):
+        raise _lacks(model, min(layers), "up")
 
 
 def _check_shapes(model: str, entries: Sequence[Matrix]) -> None:

@@ -27,6 +27,8 @@ class Geometry:
     kinds: tuple[Hashable, ...] = ()
     predictors: int = 0
     """Layers after the stack's that predict further tokens."""
+    shares_kv: bool = False
+    """Whether layers may take keys and values from others, or values from keys."""
 
     def heads_of(self, layer: int) -> tuple[int | None, int | None]:
         """Heads of queries, and of keys and values, of a layer."""
@@ -52,7 +54,7 @@ class Configuration:
 
         Raises WdlibError for a field of another type than it has to have.
         """
-        return _of_gguf(self) if self.is_gguf else _of_config(self, kind)
+        return _of_gguf(self, kind) if self.is_gguf else _of_config(self, kind)
 
 
 def parse(content: bytes | bytearray, where: str) -> Configuration:
@@ -95,11 +97,11 @@ def _of_config(configuration: Configuration, kind: str) -> Geometry:
     layers = next(of_lists, None) if layers is None else layers
     heads = fields.number(*own_heads, *_HEADS)
     kv_heads = fields.number(*_KV_HEADS)
-    # Falcon and StarCoder 1: one head of keys and values, whatever their number is said to be.
-    if fields.content.get("multi_query") and not fields.content.get("new_decoder_architecture"):
-        kv_heads = 1
-    if fields.content.get("multi_query") is False and "new_decoder_architecture" in fields.content:
-        kv_heads = kv_heads if fields.content["new_decoder_architecture"] else heads
+    shared, new = fields.content.get("multi_query"), fields.content.get("new_decoder_architecture")
+    if (
+        isinstance(shared, bool) and not new
+    ):  # Falcon and StarCoder 1 say it in a field of their own
+        kv_heads = 1 if shared else heads
     return Geometry(
         architectures=tuple(t for t in types if t),
         layers=layers,
@@ -109,6 +111,7 @@ def _of_config(configuration: Configuration, kind: str) -> Geometry:
         experts=fields.number(*_EXPERTS),
         kinds=_kinds(fields.content, layers or 0),
         predictors=fields.number("num_nextn_predict_layers", "num_mtp_layers") or 0,
+        shares_kv=any(fields.content.get(name) for name in _SHARED_KV),
     )
 
 
@@ -136,6 +139,15 @@ _NUMBERS = (
     *("hybrid_layer_ids", "attn_layer_indices"),
 )
 """Fields that name layers by their numbers."""
+
+_SHARED_KV = (
+    "num_kv_shared_layers",
+    "attention_k_eq_v",
+    "kv_source_layers",
+    "use_alternative_attention",
+    "attention.shared_kv_layers",
+)
+"""Fields that say that layers share keys and values, or take the values from the keys."""
 
 _PERIODS = (
     *("attn_layer_period", "expert_layer_period", "decoder_sparse_step", "moe_layer_interval"),
@@ -220,20 +232,26 @@ class _Fields:
         )
 
 
-def _of_gguf(configuration: Configuration) -> Geometry:
+def _of_gguf(configuration: Configuration, kind: str) -> Geometry:
     where = configuration.where
     architecture = _Fields(configuration.fields, where).text("general.architecture")
     prefix = re.compile(rf"{re.escape(str(architecture))}\.(.*)")
     found = ((prefix.fullmatch(key), value) for key, value in configuration.fields.items())
     fields = _Fields({name[1]: value for name, value in found if name}, where)
-    layers, heads = fields.number("block_count"), fields.numbers("attention.head_count")
+    own = ("decoder_block_count",) if kind == "decoder" else ()
+    layers, heads = fields.number(*own, "block_count"), fields.numbers("attention.head_count")
     # The last blocks of some models predict further tokens and are no part of the decoder.
     predictors = fields.number("nextn_predict_layers") or 0
     if layers is not None:
         layers -= predictors
     kv_heads = fields.numbers("attention.head_count_kv") or heads
-    # Hybrids: a layer without attention has no heads of keys and values.
-    columns = {"layer_types": [n > 0 for n in kv_heads]} if isinstance(kv_heads, tuple) else {}
+    # Hybrids: a layer without attention has no heads of keys and values, one without MLP no rows.
+    inner = fields.content.get("feed_forward_length")
+    columns = {
+        name: [n > 0 for n in numbers]
+        for name, numbers in (("layer_types", kv_heads), ("mlp_layer_types", inner))
+        if isinstance(numbers, tuple | list)
+    }
     return Geometry(
         architectures=(architecture,) if architecture else (),
         layers=layers,
@@ -243,4 +261,5 @@ def _of_gguf(configuration: Configuration) -> Geometry:
         experts=fields.number("expert_count") or None,
         kinds=_kinds({**fields.content, **columns}, layers or 0),
         predictors=predictors,
+        shares_kv=any(fields.content.get(name) for name in _SHARED_KV),
     )

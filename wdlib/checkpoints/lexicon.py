@@ -94,8 +94,6 @@ OWN = {
     "kv": "self_attn.kv_proj attn.wkv",
     "o_a": "self_attn.o_a_proj attn.wo_a",
     "o_b": "self_attn.o_b_proj attn.wo_b",
-    "k_b": "attn_k_b",
-    "v_b": "attn_v_b",
     # Linear attention, state-space models and gated convolutions
     "in_proj": (
         "linear_attn.in_proj mamba.in_proj mixer.in_proj conv.in_proj shortconv.in_proj ssm_in"
@@ -116,13 +114,13 @@ OWN = {
     "attention_gate": (
         "self_attn.gate_proj self_attn.g_proj attention.g_proj linear_attn.g_proj "
         "self_attn.output_gate self_attn.linear_gate "
-        "self_attn.output_projection.gate_proj mlstm_layer.ogate_preact attn.gate_attn"
+        "self_attn.output_projection.gate_proj mlstm_layer.ogate_preact attn.gate_attn attn_gate"
     ),
-    "gate_a": "self_attn.g_a_proj",
-    "gate_b": "self_attn.g_b_proj",
+    "gate_a": "self_attn.g_a_proj ssm_g_a",
+    "gate_b": "self_attn.g_b_proj ssm_g_b",
     "forget_gate": "attention.f_proj self_attn.f_proj self_attn.forget_gate.f_proj",
-    "forget_gate_a": "self_attn.f_a_proj self_attn.forget_gate.f_a_proj",
-    "forget_gate_b": "self_attn.f_b_proj self_attn.forget_gate.f_b_proj",
+    "forget_gate_a": "self_attn.f_a_proj self_attn.forget_gate.f_a_proj ssm_f_a",
+    "forget_gate_b": "self_attn.f_b_proj self_attn.forget_gate.f_b_proj ssm_f_b",
     # Global attention beside the sliding one, and attention to entities: Longformer, LUKE
     "q_global": "attention.self.query_global self_attn.longformer_self_attn.query_global",
     "k_global": "attention.self.key_global self_attn.longformer_self_attn.key_global",
@@ -143,12 +141,14 @@ OWN = {
     "laurel_right": "laurel.linear_right laurel_r",
     "pre_expert": "mlp.pre_expert_proj",
     "post_expert": "mlp.post_expert_proj",
+    "latent_down": "ffn_latent_down",
+    "latent_up": "ffn_latent_up",
     # RWKV
     "receptance": "attention.receptance",
     "mlp_receptance": "feed_forward.receptance",
     # The indexer of sparse attention: DeepSeek V3.2, GLM
-    "indexer_q": "self_attn.indexer.wq_b attention.indexer.wq_b",
-    "indexer_k": "self_attn.indexer.wk attention.indexer.wk",
+    "indexer_q": "self_attn.indexer.wq_b attention.indexer.wq_b indexer.attn_q_b",
+    "indexer_k": "self_attn.indexer.wk attention.indexer.wk indexer.attn_k",
     "indexer_qk": "self_attn.indexer.index_qk_proj",
     # Compressed keys and values: DeepSeek V4
     "compressor_kv": "self_attn.compressor.kv_proj attn.compressor.wkv",
@@ -173,7 +173,7 @@ OTHERS = (
     r".*shared_expert_gate",
     r"ffn_gate_inp(?:_shexp)?",
     r"(?:self_attn|attention|linear_attn)\.(?:a_proj|b_proj|in_proj_a|in_proj_b|in_proj_ba)",
-    r"(?:self_attn|attention|attn)\.(?:compressor\.)?indexer\.(?:scorer\.)?weights_proj",
+    r"indexer\.proj|(?:self_attn|attention|attn)\.(?:compressor\.)?indexer\.(?:scorer\.)?weights_proj",
     r"self_attn\.indexer\.index_kpool_compress_\w+",
     r"(?:self_attn|attn)\.(?:indexer\.)?compressor\.(?:indexer\.)?(?:ape|position_bias)",
     r"mlp\.gate\.(?:down_proj|router_mlp\.\w+)",
@@ -185,7 +185,7 @@ OTHERS = (
     r"(?:.*[._])?(?:s?conv|convolution|conv1d|conv_1d|conv_kernel_layer|conv_qk_\w+)"
     r"(?:\.(?:conv|conv1d|static_w\w*|weight_proj))?",
     r".*A_log",
-    r"ssm_(?:a|d|conv1d|ba|alpha|beta|dt)",
+    r"ssm_(?:a|d|conv1d(?:_[qkv])?|ba|alpha|beta|dt)|shortconv\.conv",
     r"self_attn\.(?:(?:diagonal|key|query)_decay|slope_rate)",
     # mixtures of residual streams (hyper-connections)
     r"(?:attn|ffn)_hc\.\w+|hc_\w+|hc_pre\..*|\w+_hyper_connection\.\w+|altup\.\w+|altup_\w+",
@@ -193,9 +193,9 @@ OTHERS = (
     r"(?:.*\.)?(?:rotary_emb\w*|inv_freq|rope_freqs|relative_attention_bias|relative_pos\w*)"
     r"(?:\.\w+)?",
     r"attn\.rel_(?:pos_[hw]|logits_proj\.proj)|self_attn\.rel_logits_proj\.proj",
-    r"attn_rel_b",
+    r"attn_rel_b|cross_attn_rel_b|attn_rot_embd",
     # Gemma 3n and 4: inputs of each layer
-    r"per_layer_(?:input_gate|projection)",
+    r"per_layer_(?:input_gate|projection)|inp_gate|proj",
     r"(?:rel_attn|attention)\.(?:seg_embed|r_\w_bias|r_kernel)|self_attn\.\w+_l2_clip\.scale",
     r"attention\.self\.key_conv_attn_layer\.\w+|(?:attention|feed_forward)\.time_mix_\w+",
     # constants of a quantised copy (I-BERT), masks, adapters of languages (X-MOD)
@@ -207,12 +207,21 @@ OTHERS = (
 
 # Names that mean something in some models only -------------------------------------------------
 
+_PERMUTED = (
+    "llama deci baichuan bailingmoe granite granitemoe granitehybrid granite_swa smollm3 "
+    "mistral3 arcee olmo deepseek minicpm internlm2 xverse llama-embed arctic chameleon "
+    "llada nanbeige"
+)
+
 BOUND = (
     # `model_type` or `general.architecture`; block and leaf; types in their order; layout
     ("gpt2 openai-gpt", "attn.c_attn", "q k v", "transposed"),
     ("gpt2 openai-gpt", "attn.c_proj", "o", "transposed"),
     ("gpt2 openai-gpt", "mlp.c_fc", "up", "transposed"),
     ("gpt2 openai-gpt", "mlp.c_proj", "down", "transposed"),
+    ("gpt2", "crossattention.q_attn", "q", "transposed"),
+    ("gpt2", "crossattention.c_attn", "k v", "transposed"),
+    ("gpt2", "crossattention.c_proj", "o", "transposed"),
     ("gpt_neox gpt_neox_japanese", "attention.query_key_value", "q k v", "by head"),
     ("bloom falcon", "self_attention.query_key_value", "q k v", "by group"),
     ("persimmon fuyu", "self_attn.query_key_value", "q k v", "by head"),
@@ -323,12 +332,21 @@ BOUND = (
     ("gpt_oss", "mlp.experts.down_proj", "down", "transposed"),
     ("llama4 llama4_text", "feed_forward.experts.gate_up_proj", "gate up", "transposed"),
     ("llama4 llama4_text", "feed_forward.experts.down_proj", "down", "transposed"),
-    # llama.cpp: its converter brings all attention that is joined into one order
+    # llama.cpp. Its converter brings all attention that is joined into one order, and the rows of q
+    # and k of these models into the order of its own rotary embedding (conversion/*.py: `permute`,
+    # `_reverse_hf_permute`, `undo_permute`).
+    (_PERMUTED, "attn_q", "q", "rope"),
+    (_PERMUTED, "attn_k", "k", "rope"),
+    (_PERMUTED, "attn_qkv", "q k v", "rope"),
+    ("qwen3next qwen35 qwen35moe", "attn_q", "q attention_gate", "by head"),
+    ("qwen3next qwen35 qwen35moe", "attn_qkv", "in_proj_qkv", ""),
+    ("qwen3next qwen35 qwen35moe", "attn_gate", "in_proj_z", ""),
     ("*", "attn_qkv", "q k v", ""),
+    ("*", "attn_k_b", "k_b", "stacked, transposed"),
+    ("*", "attn_v_b", "v_b", "stacked"),
     ("*", "ffn_gate_up_exps", "gate up", ""),
-    ("llama", "attn_q", "q", "rope"),
-    ("llama", "attn_k", "k", "rope"),
-    ("phi3 glm4 chatglm plamo2 plamo3", "ffn_up", "gate up", ""),
+    ("phi3 glm4 chatglm plamo2 plamo3 modern-bert", "ffn_up", "gate up", ""),
+    ("granite_swa", "ffn_up_shexp", "gate up", ""),
 )
 
 REFUSED = {

@@ -10,7 +10,14 @@ from pathlib import Path
 
 from wdlib import TYPES, WdlibError
 from wdlib.checkpoints import completeness, lexicon, stacks
-from wdlib.checkpoints.architectures import TensorRole, is_other, place, tensor_role, type_order
+from wdlib.checkpoints.architectures import (
+    CROSS,
+    TensorRole,
+    is_other,
+    place,
+    tensor_role,
+    type_order,
+)
 from wdlib.checkpoints.files import Checkpoint, resolve
 from wdlib.checkpoints.formats import Tensor, check_readable
 from wdlib.checkpoints.geometry import Configuration, Geometry
@@ -52,16 +59,17 @@ def place_order(layer: int, type: str, expert: int | None) -> tuple[int, tuple[i
 class Part:
     """A matrix and the piece of a tensor that it is.
 
-    The outputs are the tensor's rows, or its columns where it is `transposed`. They are divided
-    into `groups` equal ones, of each of which the matrix is `size` outputs from `start`.
-    rope_heads: by how many heads the rows are to be put into the order of transformers, or 0.
+    transposed: of how many blocks of rows each is to be transposed: 1 for the tensor as a whole, 0
+    for none. Then the rows, which are outputs, are divided into `groups` equal ones, of each of
+    which the matrix is `size` rows from `start`. rope_heads: by how many heads the rows are to be
+    put into the order of transformers, or 0.
 
     All that `read` needs, and small: made to be sent to another process.
     """
 
     entry: Entry
     tensor: Tensor
-    transposed: bool
+    transposed: int
     groups: int
     start: int
     size: int
@@ -87,13 +95,34 @@ class Part:
 class Plan:
     """All matrices of one stack of a checkpoint.
 
-    stack: its kind and name. others: the kinds of other stacks of the language, which are not read.
-    parts: in the order of `inventory`.
+    model: the checkpoint's name. stack: the stack's. others: the kinds of other stacks of the
+    language that the checkpoint holds. parts: in the order of `inventory`.
     """
 
+    model: str
     stack: str
     others: tuple[str, ...]
     parts: tuple[Part, ...]
+
+    def chosen(
+        self, *, layers: Iterable[int] | None = None, types: Iterable[str] | None = None
+    ) -> list[Part]:
+        """Those of some layers and types. Arguments and errors as `projection_parts` has them."""
+        last = self.parts[-1].entry.layer
+        asked = set(range(last + 1) if layers is None else layers)
+        kinds = set(TYPES if types is None else types)
+        if strange := sorted(asked - set(range(last + 1))):
+            raise WdlibError(f"{self.model} has no layer {strange[0]}: its layers are 0 to {last}.")
+        known = sorted({*TYPES, *(part.entry.type for part in self.parts)}, key=type_order)
+        if unknown := sorted(kinds - set(known)):
+            raise WdlibError(
+                f"There is no projection type {unknown[0]!r} in {self.model}: give some of "
+                f"{', '.join(known)}."
+            )
+        found = [p for p in self.parts if p.entry.layer in asked and p.entry.type in kinds]
+        for tensor in {part.tensor.dtype: part.tensor for part in found}.values():
+            check_readable(tensor)
+        return found
 
 
 def inventory(model: str | Path | Checkpoint, *, stack: str | None = None) -> list[Entry]:
@@ -127,25 +156,7 @@ def projection_parts(
     Raises WdlibError for what `inventory` refuses, for an unknown layer or type, and for matrices
     that are stored in a way that cannot be read.
     """
-    checkpoint = resolve(model)
-    parts = plan(checkpoint, stack=stack).parts
-    last = parts[-1].entry.layer
-    asked = set(range(last + 1) if layers is None else layers)
-    kinds = set(TYPES if types is None else types)
-    if strange := sorted(asked - set(range(last + 1))):
-        raise WdlibError(
-            f"{checkpoint.name} has no layer {strange[0]}: its layers are 0 to {last}."
-        )
-    known = sorted({*TYPES, *(part.entry.type for part in parts)}, key=type_order)
-    if unknown := sorted(kinds - set(known)):
-        raise WdlibError(
-            f"There is no projection type {unknown[0]!r} in {checkpoint.name}: give some of "
-            f"{', '.join(known)}."
-        )
-    found = [part for part in parts if part.entry.layer in asked and part.entry.type in kinds]
-    for tensor in {part.tensor.dtype: part.tensor for part in found}.values():
-        check_readable(tensor)
-    return found
+    return plan(model, stack=stack).chosen(layers=layers, types=types)
 
 
 def plan(model: str | Path | Checkpoint, *, stack: str | None = None) -> Plan:
@@ -164,7 +175,8 @@ def plan(model: str | Path | Checkpoint, *, stack: str | None = None) -> Plan:
     if not roles:
         _refuse_names(checkpoint, configuration, tensors)
     chosen = stacks.choose(checkpoint.name, roles, configuration, stack)
-    geometry = configuration.geometry(stacks.kind(chosen))
+    host = chosen.removesuffix(CROSS)
+    geometry = configuration.geometry(stacks.kind(host))
     own = {name: role for name, role in roles.items() if role.stack == chosen}
     layers = max(role.layer for role in own.values()) + 1
     if geometry.layers is not None:
@@ -180,8 +192,10 @@ def plan(model: str | Path | Checkpoint, *, stack: str | None = None) -> Plan:
     parts = [p for name, role in own.items() for p in _parts_of(tensors[name], role, geometry)]
     parts.sort(key=lambda part: place_order(*part.entry.place))
     rows = [(part.entry, own[part.entry.name]) for part in parts]
-    completeness.check(checkpoint.name, geometry, layers, rows)
-    return Plan(chosen, tuple(stacks.others(roles, chosen)), tuple(parts))
+    crossed = {role.layer for role in roles.values() if role.stack == f"{host}{CROSS}"}
+    wanted = range(layers) if chosen == host else sorted(crossed)
+    completeness.check(checkpoint.name, geometry, wanted, rows, crossed=crossed)
+    return Plan(checkpoint.name, chosen, tuple(stacks.others(roles, chosen)), tuple(parts))
 
 
 _QUANTISED = re.compile(r".*\.(?:qweight|weight_packed|weight\.absmax|weight_scale|SCB)")
@@ -254,8 +268,10 @@ def _check_all_known(
 def _shaped(tensor: Tensor, role: TensorRole, geometry: Geometry) -> Tensor:
     """The tensor as (rows, columns) or (expert, rows, columns), if it is stored otherwise."""
     match tensor.shape:
-        case (rows, heads, size) if role.flat:
+        case (rows, heads, size) if role.axes == "flat":
             shape: tuple[int, ...] = (rows, heads * size)
+        case (heads, rows, columns) if role.axes == "stacked":
+            shape = (heads * rows, columns)
         case (rows, columns) if role.is_routed and role.expert is None and geometry.experts:
             shape = (geometry.experts, rows // geometry.experts, columns)
         case (1, rows, columns) if role.block == "shared expert":
@@ -268,45 +284,52 @@ def _shaped(tensor: Tensor, role: TensorRole, geometry: Geometry) -> Tensor:
 def _parts_of(tensor: Tensor, role: TensorRole, geometry: Geometry) -> Iterator[Part]:
     """The matrices that one tensor holds."""
     where = f"tensor {tensor.name} of {tensor.file.name}"
+    blocks = tensor.shape[0] if role.axes == "stacked" else 1
     tensor = _shaped(tensor, role, geometry)
-    dimensions = (3,) if role.is_routed and role.expert is None else (2,)
-    if len(tensor.shape) not in dimensions or 0 in tensor.shape:
+    dimensions = 3 if role.is_routed and role.expert is None else 2
+    if len(tensor.shape) != dimensions or 0 in tensor.shape:
         raise WdlibError(f"The {where} is no matrix: its shape is {tensor.shape}.")
     *stack, rows, columns = tensor.shape
     transposed = role.transposed
     if stack and geometry.width and rows != columns and geometry.width in (rows, columns):
         # Where the shape decides, it does: the same model is found stored both ways.
         transposed = (rows if role.types == ("down",) else columns) != geometry.width
-    d_out, d_in = (columns, rows) if transposed else (rows, columns)
+    d_out, d_in = (columns * blocks, rows // blocks) if transposed else (rows, columns)
+    groups, shares = _division(role, geometry, d_out, where)
+    unit = d_out // groups // sum(shares)
+    borders = [unit * share for share in accumulate(shares, initial=0)]
     heads, kv_heads = geometry.heads_of(role.layer)
-    shares = [1] * len(role.types)
+    for kind, (start, end) in zip(role.types, pairwise(borders), strict=True):
+        rope = {"q": heads, "k": kv_heads}.get(kind) if role.rope else 0
+        for expert in range(stack[0]) if stack else (role.expert,):
+            shape = ((end - start) * groups, d_in)
+            entry = Entry(role.layer, kind, tensor.name, shape, tensor.dtype, expert)
+            turned = blocks if transposed else 0
+            yield Part(entry, tensor, turned, groups, start, end - start, rope or 0)
+
+
+def _division(
+    role: TensorRole, geometry: Geometry, d_out: int, where: str
+) -> tuple[int, list[int]]:
+    """Into how many groups a tensor's outputs are divided, and the shares of its types in each."""
+    heads, kv_heads = geometry.heads_of(role.layer)
     joined = set(role.types) == {"q", "k", "v"}
     if (joined or role.rope or role.groups in ("heads", "kv heads")) and not (heads and kv_heads):
         raise WdlibError(
             f"The {where} cannot be taken apart without the number of attention heads: put the "
             "model's config.json beside the file (a GGUF file has it in its metadata)."
         )
-    heads, kv_heads = heads or 1, kv_heads or 1
-    groups = role.groups
-    if groups == "columns":
-        groups = d_out // len(role.types)
-    elif groups == "heads":
-        groups = heads
-    elif groups == "kv heads":
-        groups, shares = kv_heads, [heads // kv_heads, 1, 1]
-    elif joined and groups == 1:
+    heads, kv_heads, shares = heads or 1, kv_heads or 1, [1] * len(role.types)
+    if role.groups == "kv heads":
+        shares = [heads // kv_heads, 1, 1]
+    elif joined and role.groups == 1:
         shares = [heads if kind == "q" else kv_heads for kind in role.types]
-    rope_heads = (heads if role.types == ("q",) else kv_heads) if role.rope else 0
-    if d_out % (int(groups) * sum(shares)) or d_out % max(rope_heads * 2, 1):
+    known = {"heads": heads, "kv heads": kv_heads, "columns": d_out // len(role.types)}
+    groups = role.groups if isinstance(role.groups, int) else known[role.groups]
+    rope_rows = {"q": heads * 2, "k": kv_heads * 2}.get(role.types[0], 1) if role.rope else 1
+    if d_out % (groups * sum(shares) * (2 if role.rope and joined else 1)) or d_out % rope_rows:
         raise WdlibError(
             f"The {where} has {d_out} rows, which does not fit {heads} attention heads "
             f"({kv_heads} for keys and values): the model's configuration is another's."
         )
-    groups = int(groups)
-    unit = d_out // groups // sum(shares)
-    borders = [unit * share for share in accumulate(shares, initial=0)]
-    for kind, (start, end) in zip(role.types, pairwise(borders), strict=True):
-        for expert in range(stack[0]) if stack else (role.expert,):
-            shape = ((end - start) * groups, d_in)
-            entry = Entry(role.layer, kind, tensor.name, shape, tensor.dtype, expert)
-            yield Part(entry, tensor, transposed, groups, start, end - start, rope_heads)
+    return groups, shares

@@ -105,7 +105,8 @@ def _matrix(part: Part, raw: np.ndarray) -> np.ndarray:
     entry, tensor = part.entry, part.tensor
     matrix = decode(raw, tensor.dtype)
     if part.transposed:
-        matrix = matrix.T
+        blocks = matrix.reshape(part.transposed, -1, matrix.shape[1])
+        matrix = blocks.swapaxes(1, 2).reshape(-1, entry.shape[1])
     if part.transposed or part.groups > 1:
         grouped = matrix.reshape(part.groups, -1, entry.shape[1])
         matrix = grouped[:, part.start : part.start + part.size].reshape(entry.shape)
