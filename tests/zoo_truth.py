@@ -1,9 +1,10 @@
 """What a live model of transformers says of its own weights, and whether we read the same."""
 
 import inspect
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,84 +15,118 @@ from torch.overrides import TorchFunctionMode
 
 from wdlib import TYPES, WdlibError
 from wdlib.checkpoints import plan, stream
-from wdlib.checkpoints.architectures import place
+from wdlib.checkpoints.architectures import place, tensor_role
 
 Matrices = dict[tuple[int, str, int | None], np.ndarray]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Finding:
-    """What was found of a type: either refused, or read, and then what and what not."""
+    """What was found of a type: either why it is refused, or what is read of it.
+
+    stack: that is read by default. others: the kinds of further stacks of the language. own: types
+    that are none of the seven. unread: what else its layers hold of two or more dimensions. joined:
+    tensors that hold several matrices, which the modules' forward pass was asked about.
+    """
 
     refused: str = ""
     stack: str = ""
     others: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
-    forward: set[str] = field(default_factory=set)
+    joined: tuple[str, ...] = ()
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The cells of the table in docs/architectures.md, after the type's name."""
+        if self.refused:
+            return (self.refused, "", "", "", "")
+        lists = (self.others, self.own, self.joined, self.unread)
+        return (f"`{self.stack}`", *(" ".join(found) for found in lists))
 
 
-def examine(task: str, kind: str, folder: Path) -> Finding:
+def examine(task: str, name: str, folder: Path) -> Finding:
     """Build a type, save it under both ways of naming, read both, and compare with the modules.
 
-    Raises AssertionError where a matrix is not the module's own.
+    Raises AssertionError where a matrix is not the module's own, or a large one is passed over.
     """
-    model = tiny_zoo.build(task, kind)
-    found: list[Matrices] = []
-    for original in (True, False):
-        path = folder / f"{original}"
-        model.save_pretrained(path, save_original_format=original)
-        try:
-            made = plan.plan(path)
-            found.append(read(made.parts))
-        except WdlibError as error:
-            return Finding(refused=str(error).replace(f"{original}", kind))
-    assert found[0].keys() == found[1].keys()
-    for key, matrix in found[0].items():
-        np.testing.assert_array_equal(matrix, found[1][key], err_msg=str(key))
-    forward = check(model, [part.entry for part in made.parts], found[1])
-    return Finding(
-        stack=made.stack,
-        others=made.others,
-        own=tuple(sorted({type for _, type, _ in found[1]} - {*TYPES})),
-        unread=tuple(unread(model, made)),
-        forward=forward,
-    )
+    model = tiny_zoo.build(task, name)
+    saved = [folder / f"{original}" / name for original in (True, False)]
+    for path in saved:
+        model.save_pretrained(path, save_original_format=path == saved[0])
+    try:
+        plans = [plan.plan(path) for path in saved]
+    except WdlibError as error:
+        return Finding(refused=str(error))
+    left = unread(model, plans[1])
+    large = {name for name, shape in left.items() if min(shape[-2:]) >= LARGE}
+    strange = sorted(name for name in large if not SEEN.fullmatch(name))
+    assert not strange, f"nobody has looked at {strange}"
+    joined, own = check(model, *plans), {part.entry.type for part in plans[1].parts} - {*TYPES}
+    for kind in {*plans[0].others} & {*plans[1].others}:  # encoders, and attention to them
+        joined |= check(model, *(plan.plan(path, stack=kind) for path in saved))
+    lists = (plans[1].others, sorted(own), sorted(left), sorted(joined))
+    return Finding("", plans[1].stack, *map(tuple, lists))
+
+
+LARGE = 16
+"""Both sides of a tiny model's projections are no smaller; those of its routers and gates are."""
+
+SEEN = re.compile(
+    r"\w+norm\.(?:mlp\.)?\w+"  # norms with a small MLP: A.X-K2, Voxtral
+    r"|.*weight_integer"  # I-BERT's copies
+    r"|.*_hyper_connection\.\w+|\w+_hc\.fn"  # how streams are mixed
+    r"|mlp\.gate\.\w+(?:\.\w+)?"  # Zaya's router is an MLP
+    r"|output\.adapter_modules\.\w+\.dense[12]"  # X-MOD's adapters
+    r"|attention\.self\.conv_kernel_layer|self_attn\.diagonal_decay"
+    r"|self_attn\.rel_logits_proj\.proj|self_attn\.relative_pos_embeddings"
+)
+"""What is large and no projection: a person has looked at each."""
 
 
 def read(parts: Sequence[plan.Part]) -> Matrices:
     return {(p.layer, p.type, p.expert): p.matrix for p in stream.read_all(parts)}
 
 
-def unread(model: torch.nn.Module, made: plan.Plan) -> list[str]:
-    """Names in the layers of a stack that hold two or more dimensions and are not read."""
-    names, stack = {part.entry.name for part in made.parts}, made.stack.split(":")[0]
-    found = set()
+def unread(model: torch.nn.Module, made: plan.Plan) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in the layers of a stack, of two or more dimensions, that are not read."""
+    names, found = {part.entry.name for part in made.parts}, {}
     for name, parameter in model.named_parameters():
-        where = place(name)
-        if where and where.stack == stack and parameter.dim() > 1 and name not in names:
-            found.add(where.inner)
-    return sorted(found)
+        where, role = place(name), tensor_role(name, (model.config.model_type,))
+        crosses = role is not None and role.block == "cross-attention"
+        is_beside = name not in names and parameter.dim() > 1 and not crosses
+        if is_beside and where and where.stack == made.stack:
+            found[where.inner] = tuple(parameter.shape)
+    return found
 
 
-def check(model: torch.nn.Module, entries: Sequence[plan.Entry], found: Matrices) -> set[str]:
-    """Compare every matrix with the live weights; returns what the forward pass was asked for."""
+def check(model: torch.nn.Module, original: plan.Plan, own: plan.Plan) -> set[str]:
+    """Compare every matrix with the live weights; returns the names of joined tensors.
+
+    original, own: the plans under the names that the model had, and that its modules have.
+    """
+    found, before = read(own.parts), read(original.parts)
+    assert found.keys() == before.keys()
+    for key, matrix in found.items():
+        np.testing.assert_array_equal(before[key], matrix, err_msg=str(key))
     state, by_name = model.state_dict(), defaultdict(list)
-    for entry in entries:
-        by_name[entry.name].append(entry)
+    for part in own.parts:
+        by_name[part.entry.name].append(part.entry)
     joined = set()
     for name, of_tensor in by_name.items():
         weight, pieces = state[name].numpy(), [found[entry.place] for entry in of_tensor]
         if len(of_tensor) == 1 and weight.ndim == 2:
             owner = model.get_submodule(name.rpartition(".")[0])
-            own = weight.T if type(owner).__name__ == "Conv1D" else weight
-            np.testing.assert_array_equal(pieces[0], own, err_msg=name)
+            is_turned = type(owner).__name__ == "Conv1D"
+            wanted = weight.T if is_turned else weight
+            np.testing.assert_array_equal(pieces[0], wanted, err_msg=name)
             continue
         together = np.sort(np.concatenate([piece.ravel() for piece in pieces]))
         np.testing.assert_array_equal(together, np.sort(weight.ravel()), err_msg=name)
         joined.add(name)
     mlp = {n for n in joined if {e.type for e in by_name[n]} <= {"gate", "up", "down"}}
-    if attention := joined - mlp:
+    attention = {n for n in joined - mlp if "q" in {e.type for e in by_name[n]} or "rel_attn" in n}
+    if attention:
         check_attention(model, {name: by_name[name] for name in attention}, found)
     for name in mlp:
         check_mlp(model, name, by_name[name], found)
@@ -137,7 +172,9 @@ def output(module: Any, hidden: torch.Tensor, expert: int | None, count: int) ->
             return (made[0] if isinstance(made, tuple) else made)[0]
         if len(parameters) == 2:  # Inkling: shared experts, with a weight for each
             return module(hidden, torch.ones(len(hidden), 1))
-        if len(parameters) == 1:  # Llama 4: the states of all experts, one after the other
+        if (
+            len(parameters) == 1 and len(given) == 1
+        ):  # Llama 4: the states of all experts, one after the other
             made = module(hidden.repeat(count, 1)).view(count, *hidden.shape)
             return made[expert]
         chosen = torch.full((len(hidden), 1), expert)

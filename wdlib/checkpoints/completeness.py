@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from wdlib import TYPES, WdlibError
+from wdlib.checkpoints import lexicon
 from wdlib.checkpoints.architectures import TensorRole, type_order
 from wdlib.checkpoints.geometry import Geometry
 
@@ -47,8 +48,12 @@ def check(
     Raises WdlibError that names the layer and what is wrong with it.
     """
     _check_numbers(model, geometry, layers, rows)
-    _check_kinds(model, geometry, layers, rows)
-    _check_blocks(model, geometry, layers, rows, crossed)
+    held = _held(rows)
+    _check_kinds(model, geometry, layers, held)
+    _check_blocks(model, geometry, layers, held, crossed)
+    is_whole = any(block in _MLP for block, _ in held) or rows[0][1].block == "cross-attention"
+    if not is_whole and all(("q", None) in held["mixer", layer] for layer in layers):
+        raise _lacks(model, min(layers), "up")
     for (entry, _), (following, _) in pairwise(rows):
         if (entry.layer, entry.type, entry.expert) == (
             following.layer,
@@ -91,27 +96,33 @@ def _check_numbers(
 
 
 _MLP = ("mlp", "shared expert", "experts")
+_Held = dict[tuple[str, int], set[tuple[str, int | None]]]
+"""By block and layer: the types that it holds, and of which expert."""
 
 
-def _check_kinds(
-    model: str, geometry: Geometry, layers: Collection[int], rows: Sequence[_Row]
-) -> None:
-    """Refuse a layer that lacks what others of its kind have."""
-    kinds = dict(enumerate(geometry.kinds))
-    held: dict[tuple[str, int], set[tuple[str, int | None]]] = defaultdict(set)
+def _held(rows: Sequence[_Row]) -> _Held:
+    beside = lexicon.BESIDE.split()
+    found: _Held = defaultdict(set)
     for entry, role in rows:
-        block = role.block if role.block in _MLP else "mixer"
-        held[block, entry.layer].add((entry.type, entry.expert))
+        of_mixer = role.block not in _MLP and entry.type not in beside
+        block = "mixer" if of_mixer else role.block
+        found[block, entry.layer].add((entry.type, entry.expert))
+    return found
+
+
+def _check_kinds(model: str, geometry: Geometry, layers: Collection[int], held: _Held) -> None:
+    """Refuse a layer that lacks what others of its kind have."""
+    mixers, mlps = dict(enumerate(geometry.mixers)), dict(enumerate(geometry.mlps))
+    every = {block: set().union(*(held[block, n] for n in layers)) for block in (*_MLP, "own")}
     for layer in layers:
-        alike = [n for n in layers if kinds.get(n) == kinds.get(layer)]
-        wanted = set().union(*(held["mixer", n] for n in alike))
-        lacking = wanted - held["mixer", layer]
-        for block in _MLP:
-            there = set().union(*(held[block, n] for n in layers))
-            if held[block, layer]:
-                lacking |= there - held[block, layer]
+        alike = [n for n in layers if mixers.get(n) == mixers.get(layer)]
+        lacking = set().union(*(held["mixer", n] for n in alike)) - held["mixer", layer]
+        lacking -= {(kind, None) for kind in "kv" if geometry.may_lack(kind, layer)}
         own = {block for block in _MLP if held[block, layer]}
-        for other in alike:
+        for block in own:
+            lacking |= every[block] - held[block, layer]
+        lacking |= every["own"] - held["own", layer] if held["own", layer] else set()
+        for other in (n for n in layers if mlps.get(n) == mlps.get(layer)):
             theirs = {block for block in _MLP if held[block, other]}
             # A mixture of experts may have layers that are dense, and only one of the two.
             swaps = "mlp" in own ^ theirs and "experts" in own ^ theirs
@@ -129,48 +140,40 @@ def _lacks(model: str, layer: int, kind: str, expert: int | None = None) -> Wdli
     )
 
 
-_OF_MLP = {"gate", "up", "down"}
-_QUERIES = {"q", "q_b", "qk", "receptance"}
-_KEYS = {"k", "k_b", "kv", "kv_b", "qk"}
-_VALUES = {"v", "v_b", "kv", "kv_b", "v_current"}
-_OUTPUTS = {"o", "o_b"}
-"""Types that stand for each of the four of attention, where it is not the usual one."""
-
-
 def _check_blocks(
     model: str,
     geometry: Geometry,
     layers: Collection[int],
-    rows: Sequence[_Row],
+    held: _Held,
     crossed: Collection[int],
 ) -> None:
     """Refuse a layer whose attention or MLP is not whole, whatever other layers have."""
-    types: dict[int, set[str]] = defaultdict(set)
-    inner: dict[tuple[int, str, int | None], set[str]] = defaultdict(set)
-    for entry, role in rows:
-        types[entry.layer].add(entry.type)
-        if role.block in _MLP:
-            inner[entry.layer, role.block, entry.expert].add(entry.type)
-    for (layer, _, expert), found in sorted(inner.items(), key=str):
-        for kind in ("up", "down"):
-            if kind not in found:
-                raise _lacks(model, layer, kind, expert)
-    mixed = {layer for layer in layers if types[layer] - _OF_MLP} | {*crossed}
-    both = any("down" in types[layer] for layer in mixed)
-    for layer in layers:
-        found = types[layer]
-        if found & {"q", "k", "v", "o"}:
-            wanted = {"q": _QUERIES, "k": _KEYS, "v": _VALUES, "o": _OUTPUTS}
-            for kind, known in wanted.items():
-                if not found & known and not (geometry.shares_kv and kind in "kv"):
+    gated = any(("gate", e) in found for found in held.values() for _, e in found)
+    for (block, layer), found in sorted(held.items(), key=lambda item: item[0][::-1]):
+        if block in _MLP:
+            for expert in {e for _, e in found}:
+                for kind in ("gate", "up", "down") if gated else ("up", "down"):
+                    if (kind, expert) not in found:
+                        raise _lacks(model, layer, kind, expert)
+            continue
+        types = {kind for kind, _ in found}
+        for kind, needed in lexicon.NEEDS:
+            if kind in types and types.isdisjoint(needed.split()):
+                raise _lacks(model, layer, needed.split()[0])
+        known = {kind: set(names.split()) for kind, names in lexicon.STANDS_FOR.items()}
+        if types & set().union(*known.values()):
+            for kind, names in known.items():
+                if not types & names and not geometry.may_lack(kind, layer):
                     raise _lacks(model, layer, kind)
-        if both and layer not in mixed:
+    mlps = {layer for block, layer in held if block in _MLP and held[block, layer]}
+    mixed = {layer for layer in layers if held["mixer", layer]}
+    if set(crossed) != set(layers):  # else it stands for nothing
+        mixed |= set(crossed)
+    for layer in layers if mixed & mlps else ():
+        if layer not in mixed:
             raise _lacks(model, layer, "q")
-        if both and "down" not in found:
+        if layer not in mlps:
             raise _lacks(model, layer, "up")
-    is_cross = all(role.block == "cross-attention" for _, role in rows)
-    if not both and not is_cross and all("q" in found for found in types.values()):
-        raise _lacks(model, min(layers), "up")
 
 
 def _check_shapes(model: str, entries: Sequence[Matrix]) -> None:

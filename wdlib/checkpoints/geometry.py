@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wdlib import WdlibError
+from wdlib.checkpoints import lexicon
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,8 @@ class Geometry:
     """What the names and shapes of the tensors do not say; None where the checkpoint does not.
 
     architectures: the `model_type` of the stack and of the model around it. width: the size of the
-    hidden states. experts: routed ones of a layer that has any. kinds: a value for each layer;
-    those of one value hold the same projections.
+    hidden states. experts: routed ones of a layer that has any. mixers, mlps: a value for each
+    layer; those of one value hold the same in attention, or what stands for it, and in the MLP.
     """
 
     architectures: tuple[str, ...] = ()
@@ -24,11 +25,20 @@ class Geometry:
     kv_heads: int | tuple[int, ...] | None = None
     width: int | None = None
     experts: int | None = None
-    kinds: tuple[Hashable, ...] = ()
+    mixers: tuple[Hashable, ...] = ()
+    mlps: tuple[Hashable, ...] = ()
     predictors: int = 0
     """Layers after the stack's that predict further tokens."""
-    shares_kv: bool = False
-    """Whether layers may take keys and values from others, or values from keys."""
+    shared_kv: int = 0
+    """So many layers, the last ones, may take keys and values from others."""
+    values_from_keys: bool = False
+
+    def may_lack(self, kind: str, layer: int) -> bool:
+        """Whether a layer may have no keys, or no values, of its own."""
+        if kind == "v" and self.values_from_keys:
+            return True
+        shares = self.shared_kv and layer >= (self.layers or 0) - self.shared_kv
+        return kind in ("k", "v") and bool(shares)
 
     def heads_of(self, layer: int) -> tuple[int | None, int | None]:
         """Heads of queries, and of keys and values, of a layer."""
@@ -109,9 +119,14 @@ def _of_config(configuration: Configuration, kind: str) -> Geometry:
         kv_heads=kv_heads or heads,
         width=fields.number("hidden_size", "d_model", "n_embd", "dim"),
         experts=fields.number(*_EXPERTS),
-        kinds=_kinds(fields.content, layers or 0),
+        mixers=_kinds(fields.content, layers or 0, _MIXERS),
+        mlps=_kinds(fields.content, layers or 0, _MLPS),
         predictors=fields.number("num_nextn_predict_layers", "num_mtp_layers") or 0,
-        shares_kv=any(fields.content.get(name) for name in _SHARED_KV),
+        shared_kv=layers or 0
+        if fields.content.get("kv_source_layers")
+        else fields.number("num_kv_shared_layers") or 0,
+        values_from_keys=bool(fields.content.get("attention_k_eq_v"))
+        or not set(lexicon.VALUES_FROM_KEYS.split()).isdisjoint(types),
     )
 
 
@@ -128,60 +143,62 @@ _EXPERTS = (
     *("num_moe_experts", "num_experts_per_layer", "ffn_config.moe_num_experts"),
 )
 
-_LISTS = (
-    *("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "_block_types"),
-    *("hybrid_override_pattern", "attn_type_list", "moe_layer_freq", "attn_layers"),
+
+@dataclass(frozen=True)
+class _Kinds:
+    """Fields that say which layers are of which kind.
+
+    lists: a value for each layer. numbers: the numbers of some layers. periods: every so many
+    layers are of another kind. borders: before this layer another kind begins.
+    """
+
+    lists: tuple[str, ...]
+    numbers: tuple[str, ...]
+    periods: tuple[str, ...]
+    borders: tuple[str, ...] = ()
+
+
+_LISTS = ("layers_block_type", "block_types", "_block_types", "hybrid_override_pattern")
+_MIXERS = _Kinds(
+    lists=(*_LISTS, "layer_types", "indexer_types", "attn_type_list", "attn_layers"),
+    numbers=(
+        *("cross_attention_layers", "full_attn_idxs", "hybrid_layer_ids", "attn_layer_indices"),
+    ),
+    periods=(
+        *("attn_layer_period", "full_attention_interval", "layer_group_size"),
+        "global_attn_every_n_layers",
+    ),
 )
-"""Fields that hold a value for each layer."""
-
-_NUMBERS = (
-    *("cross_attention_layers", "moe_layers", "mlp_only_layers", "full_attn_idxs"),
-    *("hybrid_layer_ids", "attn_layer_indices"),
+_MLPS = _Kinds(
+    lists=(*_LISTS, "mlp_layer_types", "moe_layer_freq"),
+    numbers=("moe_layers", "mlp_only_layers"),
+    periods=(
+        *("expert_layer_period", "decoder_sparse_step", "encoder_sparse_step", "moe_layer_freq"),
+        *("moe_layer_interval", "interleave_moe_layer_step"),
+    ),
+    borders=(
+        *("first_k_dense_replace", "moe_first_k_dense_replace", "num_dense_layers"),
+        *("moe_layer_start_index", "moe_layer_end_index", "leading_dense_block_count"),
+    ),
 )
-"""Fields that name layers by their numbers."""
-
-_SHARED_KV = (
-    "num_kv_shared_layers",
-    "attention_k_eq_v",
-    "kv_source_layers",
-    "use_alternative_attention",
-    "attention.shared_kv_layers",
-)
-"""Fields that say that layers share keys and values, or take the values from the keys."""
-
-_PERIODS = (
-    *("attn_layer_period", "expert_layer_period", "decoder_sparse_step", "moe_layer_interval"),
-    *("full_attention_interval", "interleave_moe_layer_step", "moe_layer_freq", "layer_group_size"),
-    *("global_attn_every_n_layers", "encoder_sparse_step"),
-)
-"""Fields that say that every so many layers are of another kind."""
-
-_BORDERS = (
-    *("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "moe_layer_end_index"),
-    *("leading_dense_block_count", "moe_first_k_dense_replace"),
-)
-"""Fields that say before which layer another kind begins."""
 
 
-def _kinds(fields: Mapping[str, Any], layers: int) -> tuple[Hashable, ...]:
+def _kinds(fields: Mapping[str, Any], layers: int, names: _Kinds) -> tuple[Hashable, ...]:
     """A value for each layer: those of one value hold the same projections."""
     columns: list[list[Hashable]] = []
-    for name in _LISTS:
+    for name in names.lists:
         value = fields.get(name)
         if isinstance(value, str | list) and len(value) == layers:
             columns.append([str(item) for item in value])
-    for name in _NUMBERS:
+    for name in names.numbers:
         if isinstance(value := fields.get(name), list):
             columns.append([layer in value for layer in range(layers)])
-    for name in _PERIODS:
+    for name in names.periods:
         if isinstance(value := fields.get(name), int) and value > 1:
             columns.append([layer % value for layer in range(layers)])
-    for name in _BORDERS:
+    for name in names.borders:
         if isinstance(value := fields.get(name), int):
             columns.append([layer < value for layer in range(layers)])
-    shared = fields.get("num_kv_shared_layers")
-    if isinstance(shared, int) and shared:
-        columns.append([layer >= layers - shared for layer in range(layers)])
     return tuple(zip(*columns, strict=True)) if columns else ()
 
 
@@ -259,7 +276,8 @@ def _of_gguf(configuration: Configuration, kind: str) -> Geometry:
         kv_heads=kv_heads,
         width=fields.number("embedding_length"),
         experts=fields.number("expert_count") or None,
-        kinds=_kinds({**fields.content, **columns}, layers or 0),
+        mixers=_kinds({**fields.content, **columns}, layers or 0, _MIXERS),
+        mlps=_kinds({**fields.content, **columns}, layers or 0, _MLPS),
         predictors=predictors,
-        shares_kv=any(fields.content.get(name) for name in _SHARED_KV),
+        shared_kv=fields.number("attention.shared_kv_layers") or 0,
     )

@@ -161,6 +161,57 @@ OWN = {
 }
 """The type's name, and the names of tensors. They are listed, and read where they are asked for."""
 
+BESIDE = "laurel_left laurel_right pre_expert post_expert latent_down latent_up mlp_receptance"
+"""Those that are beside the MLP; the others are of attention, or stand in its place."""
+
+STANDS_FOR = {
+    "q": "q q_b qk receptance",
+    "k": "k k_b kv kv_b qk",
+    "v": "v v_b kv kv_b v_current",
+    "o": "o o_b",
+}
+"""What stands for each type in layers with attention, which have all four."""
+
+NEEDS = (
+    ("q_a", "q_b"),
+    ("q_b", "q_a"),
+    ("kv_a", "kv_b k_b"),
+    ("kv_b", "kv_a"),
+    ("k_b", "v_b"),
+    ("v_b", "k_b"),
+    ("k_b", "kv_a"),
+    ("kv", "q_b"),
+    ("o_a", "o_b"),
+    ("o_b", "o_a"),
+    ("v_current", "v_delayed"),
+    ("in_proj", "out_proj"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_qkv", "out_proj"),
+    ("in_proj_qkvz", "out_proj"),
+    ("in_proj_z", "in_proj_qkv"),
+    ("out_proj", "in_proj in_proj_qkv in_proj_qkvz"),
+    ("x_proj", "dt_proj"),
+    ("dt_proj", "x_proj"),
+    ("linear_x", "linear_y"),
+    ("linear_y", "linear_out"),
+    ("linear_out", "linear_x"),
+    ("gate_a", "gate_b"),
+    ("gate_b", "gate_a"),
+    ("forget_gate_a", "forget_gate_b"),
+    ("forget_gate_b", "forget_gate_a"),
+    ("indexer_q", "indexer_k"),
+    ("indexer_k", "indexer_q"),
+    ("compressor_kv", "compressor_gate"),
+    ("compressor_gate", "compressor_kv"),
+    ("laurel_left", "laurel_right"),
+    ("laurel_right", "laurel_left"),
+    ("pre_expert", "post_expert"),
+    ("post_expert", "pre_expert"),
+    ("latent_down", "latent_up"),
+    ("latent_up", "latent_down"),
+)
+"""A type, and those of which a layer that has it needs one."""
+
 # What is no projection --------------------------------------------------------------------------
 
 OTHERS = (
@@ -358,3 +409,6 @@ REFUSED = {
     "squeezebert": "it has grouped convolutions in place of matrices",
 }
 """Types of models whose layers have no matrix for each layer and type, and why."""
+
+VALUES_FROM_KEYS = "diffusion_gemma_text"
+"""Types of models of which some layers have no values of their own, and no field says so."""

@@ -71,6 +71,7 @@ def choose(
 
 
 def others(roles: Mapping[str, TensorRole], chosen: str) -> list[str]:
-    """The kinds of the stacks beside the chosen one that are of the language too, sorted."""
-    beside = {kind(role.stack) for role in roles.values()} - {kind(chosen)}
-    return sorted(beside & {*LANGUAGE, CROSS.removeprefix(":")})
+    """The kinds of the language's stacks beside the chosen one, and its cross-attention, sorted."""
+    stacks = {role.stack for role in roles.values()} - {chosen}
+    found = {kind(stack) for stack in stacks if kind(stack) in LANGUAGE} - {kind(chosen)}
+    return sorted(found | {kind(stack) for stack in stacks if stack == f"{chosen}{CROSS}"})
