@@ -1,7 +1,10 @@
 """Every type of model that transformers knows, tiny, from its configuration class."""
 
 import re
+import warnings
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 MAPPINGS = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -271,27 +274,32 @@ def _config(task: str, name: str) -> Any:
     return made
 
 
-def patch_timm() -> None:
-    """Vision towers that another library makes are left out."""
+def _without_timm(made: Callable[..., Any]) -> Callable[..., Any]:
+    """`AutoModel.from_config`, but for vision towers that another library makes."""
     import torch
-    from transformers import AutoModel
 
-    made = AutoModel.from_config
-
-    def without(config: Any, **options: Any) -> Any:
+    def build(config: Any, **options: Any) -> Any:
         if "timm" in type(config).__name__.lower() or config.model_type == "gemma3n_vision":
             return torch.nn.Identity()
         return made(config, **options)
 
-    AutoModel.from_config = without
+    return build
 
 
 def build(task: str, kind: str) -> Any:
+    """A tiny model of a type or variant: normal weights, and biases of zero."""
+    from transformers import AutoModel
+
+    towers = patch.object(AutoModel, "from_config", _without_timm(AutoModel.from_config))
+    with towers, warnings.catch_warnings(action="ignore"):  # of modules that have no weights
+        return _built(task, kind)
+
+
+def _built(task: str, kind: str) -> Any:
     import torch
     import transformers
 
     auto = getattr(transformers, _AUTO[task])
-    patch_timm()
     config = _config(task, kind)
     with torch.device("meta"):
         size = sum(p.numel() for p in auto.from_config(config).parameters())

@@ -64,7 +64,11 @@ def examine(task: str, name: str, folder: Path) -> Finding:
     assert not strange, f"nobody has looked at {strange}"
     joined, own = check(model, *plans), {part.entry.type for part in plans[1].parts} - {*TYPES}
     for kind in {*plans[0].others} & {*plans[1].others}:  # encoders, and attention to them
-        joined |= check(model, *(plan.plan(path, stack=kind) for path in saved))
+        try:
+            both = [plan.plan(path, stack=kind) for path in saved]
+        except WdlibError:  # an encoder of sound
+            continue
+        joined |= check(model, *both)
     lists = (plans[1].others, sorted(own), sorted(left), sorted(joined))
     return Finding("", plans[1].stack, *map(tuple, lists))
 
