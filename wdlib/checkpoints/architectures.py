@@ -57,6 +57,7 @@ _NAME = re.compile(rf"((?:.*?\.)?(?:{_CONTAINERS}))\.(\d+)\.(.+?)(?:\.weight)?")
 _EXPERT = re.compile(rf"(?<![^.]){lexicon.EXPERTS}\.(?:expert_)?(\d+)\.")
 _GGUF_EXPERT = re.compile(r"(ffn_(?:gate|up|down))\.(\d+)")
 _OTHERS = re.compile("|".join(lexicon.OTHERS))
+_ROUTERS = re.compile(lexicon.ROUTERS)
 
 
 def place(name: str) -> Place | None:
@@ -107,10 +108,12 @@ CROSS = ":cross-attention"
 """The end of the name of the stack that the cross-attention of a stack's layers makes."""
 
 
-def is_other(name: str) -> bool:
-    """Whether a tensor of a layer is known to be no projection: a norm, a router, ..."""
-    where = place(name)
-    return where is not None and _OTHERS.fullmatch(where.inner) is not None
+def is_other(inner: str, *, routed: bool) -> bool:
+    """Whether a tensor of a layer is known to be no projection: a norm, a router, ...
+
+    inner: its name in the layer, as `place` gives it. routed: whether the layer has experts.
+    """
+    return bool(_OTHERS.fullmatch(inner) or (routed and _ROUTERS.fullmatch(inner)))
 
 
 def type_order(type: str) -> tuple[int, str]:

@@ -219,8 +219,7 @@ OTHERS = (
     r"\w*layernorm\.(?:mlp\.)?\w+|ada_rms_norm\.\w+",
     r"(?:.*[._])?bias(?:es)?",
     # routers, and gates of one column for each head or expert
-    r"(?:(?:mlp|block_sparse_moe|feed_forward|ffn|mixer|moe)\.)?gate(?:\.wg|\.tid2eid)?",
-    r"(?:.*[._])?router(?:\..*)?",
+    r"(?:.*[._])?router(?:\..*)?|mlp\.gate\.(?:wg|tid2eid)|ffn\.gate\.tid2eid",
     r".*shared_expert_gate",
     r"ffn_gate_inp(?:_shexp)?",
     r"(?:self_attn|attention|linear_attn)\.(?:a_proj|b_proj|in_proj_a|in_proj_b|in_proj_ba)",
@@ -255,6 +254,9 @@ OTHERS = (
     r"output\.adapter_modules\..*",
 )
 """Patterns of block and leaf: routers, norms, convolutions, gates, positions, ..."""
+
+ROUTERS = r"(?:(?:mlp|block_sparse_moe|feed_forward|ffn|mixer|moe)\.)?gate"
+"""Patterns of what is a router in a layer with experts, and unknown in another."""
 
 # Names that mean something in some models only -------------------------------------------------
 

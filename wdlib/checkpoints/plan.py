@@ -250,9 +250,12 @@ def _check_all_known(
     """
     layers = {(role.stack.split(":")[0], role.layer) for role in own.values()}
     named = {role.stack.split(":")[0] for role in roles.values()}
+    experts = {(role.stack, role.layer) for role in own.values() if role.is_routed}
     for name, tensor in tensors.items():
         where = place(name)
-        if name in roles or where is None or len(tensor.shape) < 2 or is_other(name):
+        if name in roles or where is None or len(tensor.shape) < 2:
+            continue
+        if is_other(where.inner, routed=(where.stack, where.layer) in experts):
             continue
         unknown = where.stack not in named and stacks.kind(where.stack) in stacks.LANGUAGE
         if not unknown and (where.stack, where.layer) not in layers:
