@@ -220,7 +220,8 @@ def write_gguf(path: Path, architecture: str, tensors: dict, fields: dict | None
         "rope.dimension_count": 8,
     }
     for key, value in (settings | (fields or {})).items():
-        writer.add_uint32(f"{architecture}.{key}", value)
+        add = writer.add_array if isinstance(value, list) else writer.add_uint32
+        add(f"{architecture}.{key}", value)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_float32(f"{architecture}.attention.layer_norm_epsilon", 1e-5)
     writer.add_array("tokenizer.ggml.tokens", [f"token {i} é" for i in range(64)])

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,8 +87,10 @@ def _spectra(options: argparse.Namespace) -> None:
     from wdlib.spectra import jobs
 
     chosen = {"types": options.types, "layers": options.layers, "shard": options.shard}
-    chosen |= {"device": options.device, "workers": options.workers, "progress": True}
-    jobs.compute_to(options.out, options.model, options.rank, **chosen)
+    chosen |= {"device": options.device, "workers": options.workers, "stack": options.stack}
+    made = jobs.compute_to(options.out, options.model, options.rank, progress=True, **chosen)
+    if stack := made.provenance.get("stack"):
+        _say(f"read the stack {stack}")
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -223,7 +226,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--rank", type=int, default=16, metavar="R")
     add("--out", type=Path, required=True, metavar="FILE")
     add("--layers", type=_layers, metavar="0-9,20", help="default: all")
-    add("--types", type=_types, default=TYPES, metavar="q,k", help="default: all")
+    which = f"default: {','.join(TYPES)}, as far as there are any"
+    add("--types", type=_types, default=TYPES, metavar="q,k", help=which)
+    stack = "encoder, vision, ... or a name; default: the language model's, or the decoder"
+    add("--stack", metavar="NAME", help=stack)
     dealt = "the I-th of N equal jobs; then `wdlib merge`"
     add("--shard", type=_shard, default=(1, 1), metavar="I/N", help=dealt)
     number = "processes, default: one per core, as far as memory and work go"
@@ -276,11 +282,13 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def _types(text: str) -> tuple[str, ...]:
-    """Types from "q,k", in their order."""
+    """Types from "q,k", in their order; whether a model has them is for its plan to say."""
+    from wdlib.checkpoints.architectures import type_order
+
     given = text.split(",")
-    if unknown := set(given) - set(TYPES):
-        raise argparse.ArgumentTypeError(f"the types are {', '.join(TYPES)}, not {unknown.pop()!r}")
-    return tuple(t for t in TYPES if t in given)
+    if not all(re.fullmatch(r"\w+", name) for name in given):
+        raise argparse.ArgumentTypeError(f"write types as q,k, not {text!r}")
+    return tuple(sorted(set(given), key=type_order))
 
 
 def _positive(text: str) -> int:

@@ -16,20 +16,39 @@ from wdlib.checkpoints.plan import inventory
 
 def test_a_tensor_name_says_layer_types_and_expert():
     down = tensor_role("model.layers.11.mlp.down_proj.weight")
-    assert down == TensorRole("model.layers.11", 11, ("down",), None, "linear")
-    joined = tensor_role("layers.3.self_attn.qkv_proj.weight")
-    assert joined == TensorRole("layers.3", 3, ("q", "k", "v"), None, "linear")
+    assert down == TensorRole("model.layers", 11, "mlp", ("down",))
+    joined = "layers.3.self_attn.qkv_proj.weight"
+    assert tensor_role(joined) is None
+    assert tensor_role(joined, ("phi3",)) == TensorRole("layers", 3, "attention", ("q", "k", "v"))
     expert = tensor_role("model.layers.2.mlp.experts.7.up_proj.weight")
-    assert expert == TensorRole("model.layers.2", 2, ("up",), 7, "linear")
+    assert expert == TensorRole("model.layers", 2, "experts", ("up",), 7)
+    shared = tensor_role("module.h.0.mlp.shared_expert.up_proj.weight")
+    assert shared == TensorRole("module.h", 0, "shared expert", ("up",))
     fused = "transformer.h.1.attn.c_attn.weight"
     assert tensor_role(fused) is None
-    assert tensor_role(fused, "gpt2") == TensorRole(
-        "transformer.h.1", 1, ("q", "k", "v"), None, "conv1d"
-    )
+    joined = TensorRole("transformer.h", 1, "attention", ("q", "k", "v"), transposed=True)
+    assert tensor_role(fused, ("gpt2",)) == joined
     query = "blk.5.attn_q.weight"
-    assert tensor_role(query, "llama") == TensorRole("blk.5", 5, ("q",), None, "rope")
-    assert tensor_role(query, "qwen2") == TensorRole("blk.5", 5, ("q",), None, "linear")
+    assert tensor_role(query, ("llama",)) == TensorRole("blk", 5, "attention", ("q",), rope=True)
+    assert tensor_role(query, ("qwen2",)) == TensorRole("blk", 5, "attention", ("q",))
+    latent = tensor_role("model.layers.0.self_attn.kv_a_proj_with_mqa.weight")
+    assert latent == TensorRole("model.layers", 0, "own", ("kv_a",))
+    cross = tensor_role("decoder.block.0.layer.1.EncDecAttention.q.weight")
+    assert cross == TensorRole("decoder.block:cross-attention", 0, "cross-attention", ("q",))
     assert tensor_role("lm_head.weight") is None
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "llm.", "thinker.model.", "model.text_model.", "language_model."],
+)
+def test_a_stack_may_have_any_name(llama, prefix):
+    before = tiny.read(llama)
+    tiny.rewrite(llama, lambda t: {f"{prefix}{name}": data for name, data in t.items()})
+    after = tiny.read(llama)
+    assert before.keys() == after.keys()
+    for key in before:
+        np.testing.assert_array_equal(before[key], after[key])
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)

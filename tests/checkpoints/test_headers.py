@@ -49,7 +49,10 @@ def same_header(path: Path) -> None:
     assert metadata.keys() == fields.keys()
     for key, field in fields.items():
         is_array = field.types[0] == gguf.GGUFValueType.ARRAY
-        assert metadata[key] == (None if is_array else field.contents())
+        is_short = is_array and len(field.data) <= 1024
+        is_text = gguf.GGUFValueType.STRING in field.types
+        skipped = is_array and (is_text or not is_short)
+        assert metadata[key] == (None if skipped else field.contents())
 
 
 # What cannot be read -------------------------------------------------------------------------
@@ -114,7 +117,9 @@ def test_a_file_without_its_configuration(saved, tmp_path):
 def test_a_configuration_that_does_not_fit(saved, tmp_path):
     folder = Path(shutil.copytree(saved("phi3")[0], tmp_path / "phi3"))
     config = folder / "config.json"
-    config.write_text(json.dumps({"num_attention_heads": 5, "num_key_value_heads": 3}))
+    config.write_text(
+        json.dumps({"model_type": "phi3", "num_attention_heads": 5, "num_key_value_heads": 3})
+    )
     with pytest.raises(WdlibError, match=r"qkv_proj.* has 64 rows, which does not fit 5"):
         inventory(folder)
     config.write_text("no json")

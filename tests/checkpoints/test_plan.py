@@ -39,7 +39,7 @@ def test_inventory_lists_what_is_streamed_in_order(saved):
 # What is incomplete, or no matrix ------------------------------------------------------------
 
 
-NAMED_NOWHERE = r"\(seen: other\..*add rows .* RULES in wdlib/checkpoints/architectures\.py"
+NAMED_NOWHERE = r"\(seen: .*add rows .* wdlib/checkpoints/lexicon\.py"
 
 
 @pytest.mark.parametrize(
@@ -55,11 +55,12 @@ NAMED_NOWHERE = r"\(seen: other\..*add rows .* RULES in wdlib/checkpoints/archit
             lambda t: {k: v for k, v in t.items() if "0.self_attn.q_" not in k},
             "Layer 0 .* has no q",
         ),
-        (lambda t: {f"other.{k}": v for k, v in t.items()}, NAMED_NOWHERE),
+        (lambda t: {k.replace("layers", "part"): v for k, v in t.items()}, NAMED_NOWHERE),
         (lambda t: {k.replace("weight", "qweight"): v for k, v in t.items()}, "how its words are"),
         (lambda t: t | {DOWN: t[DOWN].T.copy()}, f"{re.escape(DOWN)} .* does not fit a hidden"),
         (lambda t: t | {DOWN: t[DOWN].ravel()}, f"{re.escape(DOWN)} .* is no matrix"),
-        (lambda t: t | {f"language_model.{DOWN}": t[DOWN]}, "has down twice"),
+        (lambda t: t | {DOWN.replace("down_proj", "fc2"): t[DOWN]}, "has down twice"),
+        (lambda t: t | {f"two.{k}": v for k, v in t.items()}, "several stacks .* by its name"),
     ],
 )
 def test_names_that_do_not_fit(llama, change, message):

@@ -195,8 +195,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     capsys.readouterr()
     assert cli.main([*common, "--device", "tpu", "--out", one]) == 1
     assert "no device 'tpu'" in capsys.readouterr().err
+    assert cli.main([*common, "--types", "q,x", "--out", one]) == 1
+    assert "no projection type 'x' in toy: give some of q, k, v" in capsys.readouterr().err
+    assert cli.main([*common, "--stack", "encoder", "--out", one]) == 1
+    assert "no stack 'encoder': its stacks are model.layers (language)" in capsys.readouterr().err
     for option in (
-        *(["--layers", "1-"], ["--layers", "2-1"], ["--types", "q,x"], ["--shard", "2"]),
+        *(["--layers", "1-"], ["--layers", "2-1"], ["--types", "q,,k"], ["--shard", "2"]),
         *(["--workers", "0"], ["--workers", "-1"]),
     ):
         with pytest.raises(SystemExit):

@@ -1,161 +1,204 @@
-"""Which tensor is which projection: data. Adding an architecture is adding rows to `RULES`."""
+"""A tensor's name -> which projections of which layer of which stack it holds, by `lexicon`."""
 
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 
-
-@dataclass(frozen=True)
-class Rule:
-    """One row of the naming table.
-
-    `pattern` must match the whole tensor name and holds the group `layer` (and `expert`, when each
-    expert has its own tensor; a tensor of three dimensions holds the experts along the first).
-    `types` are the projections in the order in which the tensor holds them: (gate, up) in equal
-    halves, (q, k, v) by the numbers of heads. `layout` says how the tensor is stored:
-    "linear" (d_out, d_in); "conv1d" (d_in, d_out); "heads" (head, q|k|v, head size) along the rows;
-    "rope" (llama.cpp's order of the rows of q and k, which pairs the halves of each head).
-    `architectures` limits the row to these values of `model_type` (config.json) or
-    `general.architecture` (GGUF); empty means any.
-    """
-
-    pattern: str
-    types: tuple[str, ...]
-    layout: str = "linear"
-    architectures: tuple[str, ...] = ()
-
-
-_DECODER = r"(?:model\.|language_model\.)*layers\.(?P<layer>\d+)\."
-_GPT2 = r"(?:transformer\.)?h\.(?P<layer>\d+)\."
-_NEOX = r"(?:gpt_neox\.)?layers\.(?P<layer>\d+)\."
-_CONSOLIDATED = r"layers\.(?P<layer>\d+)\."
-_BERT = r"(?:bert\.|roberta\.)?encoder\.layer\.(?P<layer>\d+)\."
-_DISTILBERT = r"(?:distilbert\.)?transformer\.layer\.(?P<layer>\d+)\."
-_GGUF = r"blk\.(?P<layer>\d+)\."
-_EXPERT = r"(?P<expert>\d+)\."
-_SHARED = r"mlp\.shared_(?:experts?|mlp)\."
-_FUSED_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
-_GATE_ABOVE_UP = ("phi3", "glm4", "chatglm", "plamo2", "plamo3")
-
-RULES = (
-    # Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3, SmolLM; Phi-3 (fused)
-    Rule(_DECODER + r"self_attn\.q_proj\.weight", ("q",)),
-    Rule(_DECODER + r"self_attn\.k_proj\.weight", ("k",)),
-    Rule(_DECODER + r"self_attn\.v_proj\.weight", ("v",)),
-    Rule(_DECODER + r"self_attn\.o_proj\.weight", ("o",)),
-    Rule(_DECODER + r"self_attn\.qkv_proj\.weight", ("q", "k", "v")),
-    Rule(_DECODER + r"mlp\.gate_proj\.weight", ("gate",)),
-    Rule(_DECODER + r"mlp\.up_proj\.weight", ("up",)),
-    Rule(_DECODER + r"mlp\.down_proj\.weight", ("down",)),
-    Rule(_DECODER + r"mlp\.gate_up_proj\.weight", ("gate", "up")),
-    # Qwen2-MoE, Qwen3-MoE, GLM-4.5-MoE, Hunyuan-MoE: a tensor per expert, or all experts in one
-    Rule(_DECODER + r"mlp\.experts\." + _EXPERT + r"gate_proj\.weight", ("gate",)),
-    Rule(_DECODER + r"mlp\.experts\." + _EXPERT + r"up_proj\.weight", ("up",)),
-    Rule(_DECODER + r"mlp\.experts\." + _EXPERT + r"down_proj\.weight", ("down",)),
-    Rule(_DECODER + _SHARED + r"gate_proj\.weight", ("gate",)),
-    Rule(_DECODER + _SHARED + r"up_proj\.weight", ("up",)),
-    Rule(_DECODER + _SHARED + r"down_proj\.weight", ("down",)),
-    Rule(_DECODER + r"mlp\.experts\.gate_up_proj", ("gate", "up"), "linear", _FUSED_EXPERTS),
-    Rule(_DECODER + r"mlp\.experts\.down_proj", ("down",), "linear", _FUSED_EXPERTS),
-    # Mixtral
-    Rule(_DECODER + r"block_sparse_moe\.experts\." + _EXPERT + r"w1\.weight", ("gate",)),
-    Rule(_DECODER + r"block_sparse_moe\.experts\." + _EXPERT + r"w3\.weight", ("up",)),
-    Rule(_DECODER + r"block_sparse_moe\.experts\." + _EXPERT + r"w2\.weight", ("down",)),
-    # Meta's and Mistral's own files, "consolidated"
-    Rule(_CONSOLIDATED + r"attention\.wq\.weight", ("q",), "rope"),
-    Rule(_CONSOLIDATED + r"attention\.wk\.weight", ("k",), "rope"),
-    Rule(_CONSOLIDATED + r"attention\.wv\.weight", ("v",)),
-    Rule(_CONSOLIDATED + r"attention\.wo\.weight", ("o",)),
-    Rule(_CONSOLIDATED + r"feed_forward\.w1\.weight", ("gate",)),
-    Rule(_CONSOLIDATED + r"feed_forward\.w3\.weight", ("up",)),
-    Rule(_CONSOLIDATED + r"feed_forward\.w2\.weight", ("down",)),
-    # GPT-2
-    Rule(_GPT2 + r"attn\.c_attn\.weight", ("q", "k", "v"), "conv1d", ("gpt2",)),
-    Rule(_GPT2 + r"attn\.c_proj\.weight", ("o",), "conv1d", ("gpt2",)),
-    Rule(_GPT2 + r"mlp\.c_fc\.weight", ("up",), "conv1d", ("gpt2",)),
-    Rule(_GPT2 + r"mlp\.c_proj\.weight", ("down",), "conv1d", ("gpt2",)),
-    # GPT-NeoX, Pythia
-    Rule(_NEOX + r"attention\.query_key_value\.weight", ("q", "k", "v"), "heads"),
-    Rule(_NEOX + r"attention\.dense\.weight", ("o",)),
-    Rule(_NEOX + r"mlp\.dense_h_to_4h\.weight", ("up",)),
-    Rule(_NEOX + r"mlp\.dense_4h_to_h\.weight", ("down",)),
-    # BERT, RoBERTa
-    Rule(_BERT + r"attention\.self\.query\.weight", ("q",)),
-    Rule(_BERT + r"attention\.self\.key\.weight", ("k",)),
-    Rule(_BERT + r"attention\.self\.value\.weight", ("v",)),
-    Rule(_BERT + r"attention\.output\.dense\.weight", ("o",)),
-    Rule(_BERT + r"intermediate\.dense\.weight", ("up",)),
-    Rule(_BERT + r"output\.dense\.weight", ("down",)),
-    # DistilBERT
-    Rule(_DISTILBERT + r"attention\.q_lin\.weight", ("q",)),
-    Rule(_DISTILBERT + r"attention\.k_lin\.weight", ("k",)),
-    Rule(_DISTILBERT + r"attention\.v_lin\.weight", ("v",)),
-    Rule(_DISTILBERT + r"attention\.out_lin\.weight", ("o",)),
-    Rule(_DISTILBERT + r"ffn\.lin1\.weight", ("up",)),
-    Rule(_DISTILBERT + r"ffn\.lin2\.weight", ("down",)),
-    # GGUF, every architecture; "llama" there is Llama, Mistral, Mixtral and SmolLM
-    Rule(_GGUF + r"attn_q\.weight", ("q",), "rope", ("llama",)),
-    Rule(_GGUF + r"attn_k\.weight", ("k",), "rope", ("llama",)),
-    Rule(_GGUF + r"attn_q\.weight", ("q",)),
-    Rule(_GGUF + r"attn_k\.weight", ("k",)),
-    Rule(_GGUF + r"attn_v\.weight", ("v",)),
-    Rule(_GGUF + r"attn_qkv\.weight", ("q", "k", "v")),
-    Rule(_GGUF + r"attn_output\.weight", ("o",)),
-    Rule(_GGUF + r"ffn_gate\.weight", ("gate",)),
-    Rule(_GGUF + r"ffn_up\.weight", ("gate", "up"), "linear", _GATE_ABOVE_UP),
-    Rule(_GGUF + r"ffn_up\.weight", ("up",)),
-    Rule(_GGUF + r"ffn_down\.weight", ("down",)),
-    Rule(_GGUF + r"ffn_gate_(?:exps|shexp)\.weight", ("gate",)),
-    Rule(_GGUF + r"ffn_up_(?:exps|shexp)\.weight", ("up",)),
-    Rule(_GGUF + r"ffn_down_(?:exps|shexp)\.weight", ("down",)),
-    Rule(_GGUF + r"ffn_gate_up_exps\.weight", ("gate", "up")),
-    Rule(_GGUF + r"ffn_gate\." + _EXPERT + r"weight", ("gate",)),
-    Rule(_GGUF + r"ffn_up\." + _EXPERT + r"weight", ("up",)),
-    Rule(_GGUF + r"ffn_down\." + _EXPERT + r"weight", ("down",)),
-)
-
-
-OTHERS = re.compile(
-    r".*norm.*"  # every kind of normalisation
-    r"|(?:.*\.)?bias|.*_bias|.*\.masked_bias"  # also of experts, and masks kept as tensors
-    r"|.*\b(?:router|gate|wg)(?:\..*)?\.(?:weight|wg\.weight)|.*router.*|.*ffn_gate_inp.*"
-    r"|.*shared_expert_gate.*|.*\.gate\.wg\..*"
-    r"|.*conv.*"
-    r"|.*(?:rotary|rope|inv_freq|relative_attention_bias|rel_pos).*"
-    r"|.*per_layer_.*|.*sinks?|.*\bscales?|.*layer_scale.*"
-)
-"""What a layer holds beside its projections: norms, biases, routers, convolutions, ..."""
-
-
-_COMPILED = tuple((rule, re.compile(rule.pattern)) for rule in RULES)
+from wdlib import TYPES
+from wdlib.checkpoints import lexicon
 
 
 @dataclass(frozen=True)
 class TensorRole:
-    """The projections that a tensor holds: several types where it joins them.
+    """What a tensor's name says of it.
 
-    stack: the beginning of the name, up to and with the layer's number. expert: None outside of
-    routed experts, and for a tensor that holds all of them. layout: as in `Rule`.
+    stack: the beginning of the name, before a layer's number. block: "attention", "mlp", "experts",
+    "shared expert", "cross-attention", or "own" for what is none of the seven types. types: the
+    projections that the tensor holds, in their order. expert: None outside of routed experts,
+    and for a tensor that holds all of them, which has three dimensions.
+
+    transposed: whether it is stored as (d_in, d_out). groups: into how many equal groups its
+    outputs are divided, each of which holds all types: a number, or "heads", "kv heads" or
+    "columns" (as many as there are outputs of a type). rope: whether the rows of each head of q and
+    k are in the order of llama.cpp, which pairs the halves of a head. axes: what three dimensions
+    are, but for experts: "flat", of a matrix whose columns are divided into heads, or "stacked", a
+    matrix of each head.
     """
 
     stack: str
     layer: int
+    block: str
     types: tuple[str, ...]
+    expert: int | None = None
+    transposed: bool = False
+    groups: int | str = 1
+    rope: bool = False
+    axes: str = ""
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether each expert has its own: by the tensor's name, or along its first dimension."""
+        return self.block == "experts"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the name of a tensor puts it: see `lexicon`."""
+
+    stack: str
+    layer: int
+    inner: str
     expert: int | None
-    layout: str
 
 
-def tensor_role(name: str, architecture: str | None = None) -> TensorRole | None:
-    """What a tensor's name says of it, by the first row of `RULES` that fits; None for no row.
+_CONTAINERS = "|".join(lexicon.CONTAINERS.split())
+_NAME = re.compile(rf"((?:.*?\.)?(?:{_CONTAINERS}))\.(\d+)\.(.+?)(?:\.weight)?")
+_EXPERT = re.compile(rf"(?<![^.]){lexicon.EXPERTS}\.(?:expert_)?(\d+)\.")
+_GGUF_EXPERT = re.compile(r"(ffn_(?:gate|up|down))\.(\d+)")
+_OTHERS = re.compile("|".join(lexicon.OTHERS))
+_ROUTERS = re.compile(lexicon.ROUTERS)
+
+
+def place(name: str) -> Place | None:
+    """Stack, layer and inner name of a tensor; None for what is in no layer."""
+    found = _NAME.fullmatch(name)
+    if not found:
+        return None
+    stack = re.sub(lexicon.SAME_STACK, "", found[1])
+    layer, inner = int(found[2]), re.sub(lexicon.IGNORED, "", found[3])
+    if number := _EXPERT.search(inner):
+        inner = f"{inner[: number.start()]}{lexicon.EXPERTS}.{inner[number.end() :]}"
+        return Place(stack, layer, inner, int(number[1]))
+    if number := _GGUF_EXPERT.fullmatch(inner):
+        return Place(stack, layer, f"{number[1]}_exps", int(number[2]))
+    return Place(stack, layer, inner, None)
+
+
+def tensor_role(name: str, architectures: Collection[str] = ()) -> TensorRole | None:
+    """What a tensor's name says of it; None where no row of `lexicon` fits.
 
     Arguments: name, as checkpoints write it ("model.layers.0.self_attn.q_proj.weight");
-    architecture, the `model_type` of the model.
+    architectures, the `model_type` of the model and of its parts.
     """
-    for rule, pattern in _COMPILED:
-        if rule.architectures and architecture not in rule.architectures:
-            continue
-        if match := pattern.fullmatch(name):
-            expert = match.groupdict().get("expert")
-            number = None if expert is None else int(expert)
-            stack = name[: match.end("layer")]
-            return TensorRole(stack, int(match["layer"]), rule.types, number, rule.layout)
+    where = place(name)
+    if where is None:
+        return None
+    known = _bound(where.inner, architectures) or _names().get(where.inner)
+    if known is None:
+        return None
+    block, types, layout = known
+    if where.expert is not None and block != "experts":
+        return None
+    stack = f"{where.stack}{CROSS}" if block == "cross-attention" else where.stack
+    return TensorRole(
+        stack,
+        where.layer,
+        block,
+        types,
+        where.expert,
+        transposed="transposed" in layout,
+        groups=_groups(layout),
+        rope="rope" in layout,
+        axes=next((word for word in ("flat", "stacked") if word in layout), ""),
+    )
+
+
+CROSS = ":cross-attention"
+"""The end of the name of the stack that the cross-attention of a stack's layers makes."""
+
+
+def is_other(inner: str, *, routed: bool) -> bool:
+    """Whether a tensor of a layer is known to be no projection: a norm, a router, ...
+
+    inner: its name in the layer, as `place` gives it. routed: whether the layer has experts.
+    """
+    return bool(_OTHERS.fullmatch(inner) or (routed and _ROUTERS.fullmatch(inner)))
+
+
+def type_order(type: str) -> tuple[int, str]:
+    """The key that sorts types: the seven in their order, then the others by name."""
+    return (TYPES.index(type), "") if type in TYPES else (len(TYPES), type)
+
+
+_Known = tuple[str, tuple[str, ...], str]
+"""Block, types and layout."""
+
+
+def _bound(inner: str, architectures: Collection[str]) -> _Known | None:
+    """What a row says that is bound to a type of model."""
+    for models, types, layout in _bound_rows().get(inner, ()):
+        if models == ("*",) or not set(models).isdisjoint(architectures):
+            return _block(inner, layout), types, layout
     return None
+
+
+@cache
+def _bound_rows() -> dict[str, list[tuple[tuple[str, ...], tuple[str, ...], str]]]:
+    found: dict[str, list[tuple[tuple[str, ...], tuple[str, ...], str]]] = {}
+    for models, inner, types, layout in lexicon.BOUND:
+        row = tuple(models.split()), tuple(types.split()), layout
+        for name in inner.split():
+            found.setdefault(name, []).append(row)
+    return found
+
+
+def _block(inner: str, layout: str) -> str:
+    """The kind of block that a name of `lexicon.BOUND` is in."""
+    if layout in ("experts", "mlp"):
+        return layout
+    parts = set(re.split(r"[._]", inner))
+    if lexicon.EXPERTS in inner.split(".") or "exps" in parts:
+        return "experts"
+    if any(word in inner.split(".") for word in lexicon.SHARED_EXPERTS.split()):
+        return "shared expert"
+    if inner.startswith(_CROSS_STARTS):
+        return "cross-attention"
+    return "mlp" if inner.startswith(_MLP_STARTS) else "attention"
+
+
+_CROSS_STARTS = tuple(f"{block}." for block in lexicon.CROSS_ATTENTION.split())
+_MLP_STARTS = ("ffn_", *(f"{block}." for block in lexicon.MLP.split() if block != "mixer"))
+
+
+@cache
+def _names() -> dict[str, _Known]:
+    """Every name of the lexicon that means the same in every model."""
+    found: dict[str, _Known] = {}
+    for type, names in lexicon.OWN.items():
+        found |= dict.fromkeys(names.split(), ("own", (type,), ""))
+    for block, of_type in lexicon.WHOLE.items():
+        for type, names in of_type.items():
+            found |= dict.fromkeys(names.split(), (block, (type,), ""))
+    for block, names in (
+        ("attention", lexicon.ATTENTION),
+        ("cross-attention", lexicon.CROSS_ATTENTION),
+    ):
+        found |= {
+            f"{path}.{leaf}": (block, (type,), "")
+            for path, type, leaf in _products(names, lexicon.ATTENTION_LEAVES)
+            if f"{path}.{leaf}" not in found
+        }
+    for path, type, leaf in _products(lexicon.MLP, lexicon.MLP_LEAVES):
+        found.setdefault(f"{path}.{leaf}", ("mlp", (type,), ""))
+    for path, type, leaf in _products(f"{lexicon.MLP} ", lexicon.MLP_LEAVES):
+        start = f"{path}." if path else ""
+        found[f"{start}{lexicon.EXPERTS}.{leaf}"] = ("experts", (type,), "")
+        for shared in lexicon.SHARED_EXPERTS.split():
+            found[f"{start}{shared}.{leaf}"] = ("shared expert", (type,), "")
+    return found
+
+
+def _products(blocks: str, leaves: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Block, type and leaf of every name that is made of a block and a leaf."""
+    for block in blocks.split(" "):
+        for type, names in leaves.items():
+            for leaf in names.split():
+                yield block, type, leaf
+
+
+def _groups(layout: str) -> int | str:
+    if number := re.search(r"by (\d+)", layout):
+        return int(number[1])
+    words = {"by head": "heads", "by group": "kv heads", "by column": "columns"}
+    return next((groups for word, groups in words.items() if word in layout), 1)

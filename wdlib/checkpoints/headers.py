@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from wdlib import WdlibError
-from wdlib.checkpoints import companions, geometry
+from wdlib.checkpoints import companions
 from wdlib.checkpoints.files import Checkpoint, config_file
 from wdlib.checkpoints.formats import VALUE_BYTES, Tensor
-from wdlib.checkpoints.geometry import Geometry
+from wdlib.checkpoints.geometry import Configuration, parse
 from wdlib.checkpoints.hub import RemoteFile
 
 HEADER_BYTES = 100_000_000
@@ -27,20 +27,24 @@ HEADERS_AT_ONCE = 8
 """Headers of so many files are read at the same time: on the hub, each waits for two answers."""
 
 
-def read_headers(checkpoint: Checkpoint) -> tuple[Geometry, dict[str, Tensor]]:
-    """Geometry and table of all files of a checkpoint; names as unquantised."""
+def read_headers(checkpoint: Checkpoint) -> tuple[Configuration, dict[str, Tensor]]:
+    """Configuration and table of all files of a checkpoint; names as unquantised."""
     first = checkpoint.files[0]
     if isinstance(first, Path) and first.suffix == ".gguf":
         return _read_gguf([file for file in checkpoint.files if isinstance(file, Path)])
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
         tables = list(pool.map(safetensors_header, checkpoint.files))
-    shape = geometry.of_config(config_file(checkpoint))
+    file = config_file(checkpoint)
+    found = Configuration({}, "")
+    if file is not None:
+        content = file.content() if isinstance(file, RemoteFile) else file.read_bytes()
+        found = parse(content, str(file))
     tensors = {k: t for table in tables for k, t in table.items()}
-    return shape, companions.of_safetensors(tensors, shape.quantisation)
+    return found, companions.of_safetensors(tensors, found.quantisation)
 
 
-def _read_gguf(paths: list[Path]) -> tuple[Geometry, dict[str, Tensor]]:
-    """Geometry and tensors of a GGUF file, or of all parts of a split one, in order."""
+def _read_gguf(paths: list[Path]) -> tuple[Configuration, dict[str, Tensor]]:
+    """Configuration and tensors of a GGUF file, or of all parts of a split one, in order."""
     tensors: dict[str, Tensor] = {}
     first: dict[str, Any] = {}
     for number, path in enumerate(paths):
@@ -61,7 +65,7 @@ def _read_gguf(paths: list[Path]) -> tuple[Geometry, dict[str, Tensor]]:
             f"The parts of {paths[0]} hold {len(tensors)} tensors of "
             f"{first['split.tensors.count']}: download them again."
         )
-    return geometry.of_gguf(first, str(paths[0])), companions.of_gguf(tensors)
+    return Configuration(first, str(paths[0]), is_gguf=True), companions.of_gguf(tensors)
 
 
 def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
@@ -141,7 +145,7 @@ def _check_extent(tensor: Tensor, file_size: int, wanted: int | None) -> None:
 
 
 def gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Scalar metadata and table of the tensors of a GGUF file; arrays (the tokenizer) are skipped.
+    """Metadata and table of the tensors of a GGUF file; long arrays (the tokenizer) are skipped.
 
     Shapes are in row-major order, the reverse of the file's.
     """
@@ -211,6 +215,8 @@ def _gguf_tensor(cursor: "_Cursor", path: Path) -> Tensor:
 _GGUF_TYPES = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 _U64 = struct.Struct("<Q")
+_PER_LAYER = 1024
+"""An array of so many numbers at most may hold one for each layer; longer ones are passed over."""
 
 
 class _Cursor:
@@ -232,7 +238,7 @@ class _Cursor:
         return self.buffer[self.position - length : self.position].decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
-        """A number, a truth value or a text; None for an array, which is passed over."""
+        """A number, a truth value or a text; None for an array, but for one of a few numbers."""
         if kind == _GGUF_STRING:
             return self.text()
         if kind != _GGUF_ARRAY:
@@ -247,6 +253,8 @@ class _Cursor:
         elif kind == _GGUF_ARRAY:
             for _ in range(count):
                 self.value(kind)
+        elif count <= _PER_LAYER:
+            return [self.scalar(_GGUF_TYPES[kind]) for _ in range(count)]
         else:
             self.position += count * struct.calcsize(f"<{_GGUF_TYPES[kind]}")
         return None

@@ -40,13 +40,14 @@ def projections(
     *,
     layers: Iterable[int] | None = None,
     types: Iterable[str] | None = None,
+    stack: str | None = None,
 ) -> Iterator[Projection]:
     """Stream the weight matrices W[l, p] (arXiv 2509.00046, section 2), one in memory at a time.
 
     Arguments and errors as `projection_parts` has them, at once; while streaming, WdlibError for a
     matrix that holds NaN or infinity or cannot be read.
     """
-    return read_all(projection_parts(model, layers=layers, types=types))
+    return read_all(projection_parts(model, layers=layers, types=types, stack=stack))
 
 
 def read(part: Part, *, decoded: bool = True) -> Projection:
@@ -125,12 +126,14 @@ def _matrix(part: Part, raw: np.ndarray | Rows) -> np.ndarray:
 def _laid_out(part: Part, matrix: np.ndarray) -> np.ndarray:
     """The matrix that a part is of its tensor's rows, whatever the type of their values."""
     entry = part.entry
-    if part.layout == "conv1d":
-        matrix = np.ascontiguousarray(matrix[:, part.start : part.start + part.size].T)
-    elif part.layout == "heads":
-        matrix = matrix.reshape(part.heads, 3, -1, entry.shape[1])
-        matrix = matrix[:, ("q", "k", "v").index(entry.type)].reshape(entry.shape)
-    elif part.layout == "rope":
-        matrix = matrix.reshape(part.heads, -1, 2, entry.shape[1])
+    if part.transposed:
+        blocks = matrix.reshape(part.transposed, -1, matrix.shape[1])
+        matrix = blocks.swapaxes(1, 2).reshape(-1, entry.shape[1])
+    if part.transposed or part.groups > 1:
+        grouped = matrix.reshape(part.groups, -1, entry.shape[1])
+        matrix = grouped[:, part.start : part.start + part.size].reshape(entry.shape)
+        matrix = np.ascontiguousarray(matrix)
+    if part.rope_heads:
+        matrix = matrix.reshape(part.rope_heads, -1, 2, entry.shape[1])
         matrix = matrix.swapaxes(1, 2).reshape(entry.shape)
     return matrix

@@ -10,7 +10,7 @@ import numpy as np
 
 from wdlib import WdlibError, __version__, paths
 from wdlib.checkpoints import catalogue, files, stream
-from wdlib.checkpoints.plan import inventory
+from wdlib.checkpoints.plan import projection_parts
 from wdlib.fingerprints.clusters import STARTS, Clusters, K, cluster, clustering_vector
 from wdlib.fingerprints.values import Moments, deviation_vector, moments, pooled
 from wdlib.spectra import jobs, store
@@ -223,7 +223,7 @@ def check(model: str | Path, *, rank: int = RANK, k: int = K) -> None:
     else:
         checkpoint = files.resolve(model)
         jobs.check_rank(checkpoint, rank)
-        number = len(inventory(checkpoint))
+        number = len(projection_parts(checkpoint))
     if not 1 <= k <= number:
         raise WdlibError(
             f"the {number} matrices of {model} do not make {k} clusters: ask for 1 to {number} "

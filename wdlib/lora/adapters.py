@@ -125,20 +125,27 @@ def target_sites(model: "torch.nn.Module", settings: LoraSettings) -> list[Site]
     if settings.rank < 1 or not settings.targets:
         raise WdlibError(f"nothing to adapt with rank {settings.rank}, targets {settings.targets}")
     ends = {name.rpartition(".")[2] for name, module in model.named_modules() if name}
-    architecture = getattr(model.config, "model_type", None)
-    sites, found = [], set()
+    architectures = _architectures(model)
+    sites: list[Site] = []
+    found: set[str] = set()
     for name, module in model.named_modules():
         hit = {t for t in settings.targets if name == t or name.endswith(f".{t}")}
         if hit:
             found |= hit
-            sites.append(_projection_site(name, module, architecture))
+            sites.append(_projection_site(name, module, architectures))
     for target in settings.targets:
         if target not in found:
             raise WdlibError(
                 f"the model has no module {target!r}{_hint(target, ends)}: give the ends of the "
                 "names of its linear layers as targets"
             )
+    places = {place_key(site): site for site in sites}
     for site in sites:
+        if (other := places[place_key(site)]) is not site:
+            raise WdlibError(
+                f"{site.name} and {other.name} are both {site.type} of layer {site.layer}, in two "
+                "stacks of layers: give targets that are in one of them"
+            )
         smallest = min(site.module.weight.shape)
         if settings.rank > smallest:
             raise WdlibError(
@@ -148,13 +155,20 @@ def target_sites(model: "torch.nn.Module", settings: LoraSettings) -> list[Site]
     return sites
 
 
-def _projection_site(name: str, module: "torch.nn.Module", architecture: str | None) -> Site:
+def _architectures(model: "torch.nn.Module") -> tuple[str, ...]:
+    """The `model_type` of a model, and of the language model in it."""
+    config: Any = model.config
+    both = (config, config.get_text_config()) if hasattr(config, "get_text_config") else (config,)
+    return tuple(str(getattr(c, "model_type", "")) for c in both)
+
+
+def _projection_site(name: str, module: "torch.nn.Module", architectures: tuple[str, ...]) -> Site:
     """A linear layer as a projection, or a WdlibError that says why it is none."""
-    known = tensor_role(f"{name}.weight", architecture)
-    if known is None:
+    known = tensor_role(f"{name}.weight", architectures)
+    if known is None or known.types[0] not in TYPES:
         raise WdlibError(
-            f"{name} is not known as a projection: leave it out of the targets, or add a row for "
-            "its architecture to RULES in wdlib/checkpoints/architectures.py"
+            f"{name} is not known as one of {', '.join(TYPES)}: leave it out of the targets, or "
+            "add a row for its architecture to wdlib/checkpoints/lexicon.py"
         )
     if len(known.types) > 1:
         raise WdlibError(
@@ -187,9 +201,9 @@ def adapted_sites(peft_model: "PeftModel") -> list[tuple[Site, Any]]:
 
     Raises: WdlibError for a layer that is no projection.
     """
-    architecture = getattr(peft_model.get_base_model().config, "model_type", None)
+    architectures = _architectures(peft_model.get_base_model())
     return [
-        (_projection_site(name, layer.get_base_layer(), architecture), layer)
+        (_projection_site(name, layer.get_base_layer(), architectures), layer)
         for name, layer in lora_layers(peft_model)
     ]
 

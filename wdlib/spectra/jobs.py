@@ -1,6 +1,6 @@
 """One model -> the largest singular values of all its matrices."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,8 +14,9 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from wdlib import TYPES, WdlibError, __version__
-from wdlib.checkpoints import files, stream
-from wdlib.checkpoints.plan import Entry, Part, inventory, place_order, projection_parts
+from wdlib.checkpoints import files, plan, stream
+from wdlib.checkpoints.architectures import type_order
+from wdlib.checkpoints.plan import Entry, Part, place_order, projection_parts
 from wdlib.spectra import store
 from wdlib.spectra.arrays import check_device, one_thread
 from wdlib.spectra.journal import Journal
@@ -28,7 +29,8 @@ from wdlib.spectra.workers import cost, number_for, processes, streams
 class Job:
     """What to compute of a model: all that decides the numbers, to the last bit.
 
-    rank: values per matrix. types, layers: which matrices; None is all layers. shard: (i, n), of
+    rank: values per matrix. types, layers: which matrices; None is all layers. stack: of which
+    stack of layers, as in `checkpoints.inventory`; None is the language model's. shard: (i, n), of
     these matrices the i-th of n parts, i from 1, equal in cost (`merge` joins them). device: as in
     `top_singular_values`.
     """
@@ -36,6 +38,7 @@ class Job:
     rank: int
     types: tuple[str, ...] = TYPES
     layers: tuple[int, ...] | None = None
+    stack: str | None = None
     shard: tuple[int, int] = (1, 1)
     device: str = "cpu"
 
@@ -66,7 +69,8 @@ def compute(
     """
     job = Job(rank, **options)
     checkpoint = files.resolve(model)
-    chosen = projection_parts(checkpoint, types=job.types, layers=job.layers)
+    whole = plan.plan(checkpoint, stack=job.stack)
+    chosen = whole.chosen(types=job.types, layers=job.layers)
     if not chosen:
         raise WdlibError(
             f"{checkpoint.name} has no matrix of type {' or '.join(job.types)}: ask for others."
@@ -87,6 +91,7 @@ def compute(
         "config sha256": config,
         "quantisation": ", ".join(sorted({p.entry.dtype for p in chosen})),
         "note": checkpoint.note,
+        "stack": _stack(whole) if job.stack or whole.others else "",
         "methods": _counted(Counter(f.method for _, f in found)),
         "certified": "yes",
         "largest relative error": _worst(made.values, made.error),
@@ -105,6 +110,11 @@ def _executor(
         return streams(job.device)
     number = number_for(parts) if workers is None else workers
     return processes(number) if number > 1 else nullcontext()
+
+
+def _stack(whole: plan.Plan) -> str:
+    """The stack that was read, and which others of the language there are."""
+    return f"{whole.stack}{', not ' if whole.others else ''}{', '.join(whole.others)}"
 
 
 def compute_to(
@@ -174,7 +184,7 @@ def merge(shards: Sequence[Spectra]) -> Spectra:
                     f"{names[1]}; compute them anew with the same weights and options."
                 )
     values, error, rows, shapes = {}, {}, {}, {}
-    for t in TYPES:
+    for t in sorted({t for s in shards for t in s.values}, key=type_order):
         of_type = [s for s in shards if t in s.values]
         if of_type:
             there = [(layer, t, expert) for s in of_type for layer, expert in s.rows[t]]
@@ -218,10 +228,10 @@ def collect(projections: Iterable[stream.Projection], rank: int, *, model: str =
 
 
 def _assembled(model: str, found: Iterable[_Row]) -> Spectra:
-    by_type: dict[str, list[_Row]] = {t: [] for t in TYPES}
+    by_type: dict[str, list[_Row]] = defaultdict(list)
     for row in found:
         by_type[row[0][1]].append(row)
-    there = {t: of_type for t, of_type in by_type.items() if of_type}
+    there = {t: by_type[t] for t in sorted(by_type, key=type_order)}
     return Spectra(
         model,
         {t: np.stack([f.values for *_, f in of_type]) for t, of_type in there.items()},
@@ -320,7 +330,17 @@ def _worst(values: dict[str, np.ndarray], error: dict[str, np.ndarray]) -> str:
 
 def largest_rank(model: str | Path | files.Checkpoint) -> int:
     """The smallest dimension of any projection of a model: no more singular values can be asked."""
-    return min(min(e.shape) for e in inventory(model))
+    return min(min(entry.shape) for entry in _entries(files.resolve(model)))
+
+
+def _entries(checkpoint: files.Checkpoint, stack: str | None = None) -> list[Entry]:
+    """The matrices of the seven types. Raises WdlibError where there are none."""
+    if found := projection_parts(checkpoint, stack=stack):
+        return [part.entry for part in found]
+    raise WdlibError(
+        f"{checkpoint.name} has no matrix of type {' or '.join(TYPES)}: ask `spectra.compute` "
+        "(`wdlib spectra --types`) for the types that `checkpoints.inventory` lists."
+    )
 
 
 def available_rank(model: str | Path) -> int:
@@ -328,10 +348,12 @@ def available_rank(model: str | Path) -> int:
     return store.load(model).rank if is_stored(model) else largest_rank(model)
 
 
-def check_rank(model: str | Path | files.Checkpoint, rank: int) -> None:
+def check_rank(
+    model: str | Path | files.Checkpoint, rank: int, *, stack: str | None = None
+) -> None:
     """Raise WdlibError unless every matrix of a model has `rank` singular values."""
     checkpoint = files.resolve(model)
-    _check_rank(checkpoint.name, inventory(checkpoint), rank)
+    _check_rank(checkpoint.name, _entries(checkpoint, stack), rank)
 
 
 def _check_rank(model: str, entries: list[Entry], rank: int) -> None:
@@ -343,16 +365,21 @@ def _check_rank(model: str, entries: list[Entry], rank: int) -> None:
         )
 
 
-def of(model: str | Path, rank: int, *, progress: bool = False) -> Spectra:
+def of(
+    model: str | Path, rank: int, *, stack: str | None = None, progress: bool = False
+) -> Spectra:
     """Spectra of a model at a rank: from the store if they are there, computed otherwise.
 
     The store is data/spectra for models of the catalogue, whose weights need not be at hand then,
     and after it the cache, where computed ones are kept by what decides them (`reading_key`).
+    stack: as in `Job`; of another than the language model's nothing is in data/spectra.
     """
-    if is_stored(model) and rank <= (kept := store.load(model)).rank:
+    if stack is None and is_stored(model) and rank <= (kept := store.load(model)).rank:
         return kept.truncate(rank)
     checkpoint = files.resolve(model)
-    check_rank(checkpoint, rank)
+    check_rank(checkpoint, rank, stack=stack)
     known = replace(checkpoint, sha256=files.content_hash(checkpoint))
-    path = store.cache_file(checkpoint.name, files.reading_key(known), rank)
-    return store.load_or_make(path, lambda p: compute_to(p, known, rank, progress=progress))
+    key = files.joined_key(files.reading_key(known), stack or "")
+    path = store.cache_file(checkpoint.name, key, rank)
+    options = {"stack": stack, "progress": progress}
+    return store.load_or_make(path, lambda p: compute_to(p, known, rank, **options))

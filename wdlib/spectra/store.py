@@ -10,7 +10,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
 
-from wdlib import TYPES, WdlibError, paths
+from wdlib import WdlibError, paths
+from wdlib.checkpoints.architectures import type_order
 from wdlib.checkpoints.catalogue import catalogue_model
 
 _SUFFIX = ".safetensors"
@@ -123,7 +124,7 @@ def load(model: str | Path, *, rank: int | None = None) -> Spectra:
         with safe_open(path, "numpy") as file:
             about = json.loads((file.metadata() or {})["wdlib"])
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (no iterator)
-        types = [t for t in TYPES if t in tensors]
+        types = sorted((name for name in tensors if "." not in name), key=type_order)
         rows: dict[str, tuple[tuple[int, int | None], ...]] = {}
         for t in types:
             rows[t] = _one_row_a_layer(len(tensors[t]))
