@@ -188,6 +188,8 @@ def plan(model: str | Path | Checkpoint, *, stack: str | None = None) -> Plan:
             )
         layers = geometry.layers
     own = {name: role for name, role in own.items() if role.layer < layers}
+    for name in own:
+        _check_readable(tensors[name])
     _check_all_known(checkpoint, tensors, roles, own, known=bool(configuration.fields))
     parts = [p for name, role in own.items() for p in _parts_of(tensors[name], role, geometry)]
     parts.sort(key=lambda part: place_order(*part.entry.place))
@@ -198,10 +200,11 @@ def plan(model: str | Path | Checkpoint, *, stack: str | None = None) -> Plan:
     return Plan(checkpoint.name, chosen, tuple(stacks.others(roles, chosen)), tuple(parts))
 
 
-def _unread(tensor: UnreadableTensor) -> WdlibError:
-    return WdlibError(
-        f"The tensor {tensor.name} of {tensor.file.name} is not read, because {tensor.reason}."
-    )
+def _check_readable(tensor: Tensor) -> None:
+    if isinstance(tensor, UnreadableTensor):
+        raise WdlibError(
+            f"The tensor {tensor.name} of {tensor.file.name} is not read, because {tensor.reason}."
+        )
 
 
 def _refuse_names(
@@ -209,8 +212,7 @@ def _refuse_names(
 ) -> None:
     """Say why no tensor is a projection."""
     for tensor in tensors.values():
-        if isinstance(tensor, UnreadableTensor):
-            raise _unread(tensor)
+        _check_readable(tensor)
     hint = "" if configuration.fields else "put the model's config.json beside the file, or "
     raise WdlibError(
         f"No tensor of {checkpoint.name} has a name that is known as a projection (seen: "
@@ -271,8 +273,6 @@ def _shaped(tensor: Tensor, role: TensorRole, geometry: Geometry) -> Tensor:
 
 def _parts_of(tensor: Tensor, role: TensorRole, geometry: Geometry) -> Iterator[Part]:
     """The matrices that one tensor holds."""
-    if isinstance(tensor, UnreadableTensor):
-        raise _unread(tensor)
     where = f"tensor {tensor.name} of {tensor.file.name}"
     blocks = tensor.shape[0] if role.axes == "stacked" else 1
     tensor = _shaped(tensor, role, geometry)
