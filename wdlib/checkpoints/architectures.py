@@ -128,7 +128,7 @@ _Known = tuple[str, tuple[str, ...], str]
 def _bound(inner: str, architectures: Collection[str]) -> _Known | None:
     """What a row says that is bound to a type of model."""
     for models, types, layout in _bound_rows().get(inner, ()):
-        if models == ("*",) or not set(models).isdisjoint(architectures):
+        if models == ("*",) or not set(models).isdisjoint(architectures or "-"):
             return _block(inner, layout), types, layout
     return None
 

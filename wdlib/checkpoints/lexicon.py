@@ -267,7 +267,8 @@ _PERMUTED = (
 )
 
 BOUND = (
-    # `model_type` or `general.architecture`; block and leaf; types in their order; layout
+    # `model_type` or `general.architecture`, "-" for none; block and leaf; types in their order;
+    # layout
     ("gpt2 openai-gpt", "attn.c_attn", "q k v", "transposed"),
     ("gpt2 openai-gpt", "attn.c_proj", "o", "transposed"),
     ("gpt2 openai-gpt", "mlp.c_fc", "up", "transposed"),
@@ -394,6 +395,9 @@ BOUND = (
     ("qwen3next qwen35 qwen35moe", "attn_q", "q attention_gate", "by head"),
     ("qwen3next qwen35 qwen35moe", "attn_qkv", "in_proj_qkv", ""),
     ("qwen3next qwen35 qwen35moe", "attn_gate", "in_proj_z", ""),
+    # Meta's and Mistral's own files, which name no type, have the same order of rows.
+    ("- llama mistral mixtral", "attention.wq", "q", "rope"),
+    ("- llama mistral mixtral", "attention.wk", "k", "rope"),
     ("*", "attn_qkv", "q k v", ""),
     ("*", "attn_k_b", "k_b", "stacked, transposed"),
     ("*", "attn_v_b", "v_b", "stacked"),

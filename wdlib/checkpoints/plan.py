@@ -190,8 +190,8 @@ def plan(model: str | Path | Checkpoint, *, stack: str | None = None) -> Plan:
     own = {name: role for name, role in own.items() if role.layer < layers}
     for name in own:
         _check_readable(tensors[name])
-    _check_all_known(checkpoint, tensors, roles, own, known=bool(configuration.fields))
     parts = [p for name, role in own.items() for p in _parts_of(tensors[name], role, geometry)]
+    _check_all_known(checkpoint, tensors, roles, own, geometry)
     parts.sort(key=lambda part: place_order(*part.entry.place))
     rows = [(part.entry, own[part.entry.name]) for part in parts]
     crossed = {role.layer for role in roles.values() if role.stack == f"{host}{CROSS}"}
@@ -228,13 +228,9 @@ def _check_all_known(
     tensors: Mapping[str, Tensor],
     roles: Mapping[str, TensorRole],
     own: Mapping[str, TensorRole],
-    *,
-    known: bool,
+    geometry: Geometry,
 ) -> None:
-    """Refuse a layer with a matrix that no row takes and that is on no list of others.
-
-    known: whether there is a configuration, without which no joined tensor has a row.
-    """
+    """Refuse a layer with a matrix that no row takes and that is on no list of others."""
     layers = {(role.stack.split(":")[0], role.layer) for role in own.values()}
     named = {role.stack.split(":")[0] for role in roles.values()}
     experts = {(role.stack, role.layer) for role in own.values() if role.is_routed}
@@ -242,12 +238,14 @@ def _check_all_known(
         where = place(name)
         if name in roles or where is None or len(tensor.shape) < 2:
             continue
-        if is_other(where.inner, routed=(where.stack, where.layer) in experts):
+        routed = (where.stack, where.layer) in experts or tensor.shape[0] == geometry.experts
+        if is_other(where.inner, routed=routed):
             continue
         unknown = where.stack not in named and stacks.kind(where.stack) in stacks.LANGUAGE
         if not unknown and (where.stack, where.layer) not in layers:
             continue
-        hint = "" if known else "put the model's config.json beside the file, or "
+        # Without a configuration no joined tensor has a row.
+        hint = "" if geometry.architectures else "put the model's config.json beside the file, or "
         raise WdlibError(
             f"The tensor {name} of {checkpoint.name}, of shape {tensor.shape}, is a matrix of a "
             "layer that is read, and no row names it, so that the rest would pass for the whole "
