@@ -74,9 +74,15 @@ def declared_parameters(notebook: str | Path) -> dict[str, Any]:
     return declared
 
 
+_NODES = {"Module", "Expr", "Name", "Load", "Subscript", "Tuple", "Constant", "BinOp", "BitOr"}
+"""The parts of an annotation that only names a type, and runs nothing."""
+
+
 def _type(annotation: str, parameter: str, notebook: str) -> Any:
     """The type that an annotation names, of the built-in ones and those of `typing`."""
     try:
+        if strange := {type(node).__name__ for node in ast.walk(ast.parse(annotation))} - _NODES:
+            raise ValueError(f"it has a {strange.pop()}")
         return eval(annotation, {**vars(typing), **vars(builtins)})
     except Exception as error:  # whatever a stranger's annotation does
         raise WdlibError(
@@ -377,8 +383,8 @@ def _record(notebook: Path) -> Path:
 
 def _recorded(notebook: Path) -> dict | None:
     try:
-        return json.loads(_record(notebook).read_text())
-    except (OSError, ValueError):
+        return paths.read_json(_record(notebook), dict[str, Any], what="a record", remedy="")
+    except WdlibError:
         return None
 
 
@@ -414,11 +420,13 @@ def _read(notebook: str | Path) -> "NotebookNode":
     import nbformat
 
     try:
-        return nbformat.read(notebook, as_version=4)
+        found = nbformat.read(notebook, as_version=4)
+        nbformat.validate(found)
     except FileNotFoundError:
         raise WdlibError(f"there is no notebook {notebook}") from None
-    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError):
-        raise WdlibError(f"{notebook} is not a Jupyter notebook") from None
+    except Exception as error:  # whatever damage makes the library raise
+        raise WdlibError(f"{notebook} is not a Jupyter notebook") from error
+    return found
 
 
 def _write_notebook(notebook: "NotebookNode", path: Path) -> None:

@@ -9,13 +9,19 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
+from stat import S_ISREG
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from wdlib import WdlibError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -27,7 +33,12 @@ CACHE = Path(os.environ.get("WDLIB_CACHE", DATA / "cache")).expanduser().absolut
 FIGURES = Path(os.environ.get("WDLIB_FIGURES", ROOT / "figures")).expanduser().absolute()
 STYLE = ROOT / "wdlib" / "wdlib.mplstyle"
 
+TEXT_BYTES = 2**28
+"""Larger files, unpacked, are no texts of this project, nor data that it is made for."""
+
 _T = TypeVar("_T")
+Others = Literal["forbid", "ignore"]
+"""What becomes of names in a JSON object that its type lacks: refused, or left out."""
 
 
 @contextmanager
@@ -71,17 +82,83 @@ def json_lines(path: Path) -> list[Any]:
     """
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8-sig") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+        pieces = iter(partial(lines.read, 2**20), "")
+        text = "".join(islice(pieces, TEXT_BYTES // 2**20))
+        if next(pieces, ""):
+            raise ValueError(f"it has more than {TEXT_BYTES} characters")
+    try:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except RecursionError as error:
+        raise ValueError("it nests too deeply") from error
 
 
-def read_json(path: str | Path, parse: Callable[[Any], _T], *, what: str, remedy: str) -> _T:
-    """What `parse` makes of the content of a JSON file.
+def read_json(
+    path: str | Path, kind: type[_T], *, what: str, remedy: str, others: Others = "forbid"
+) -> _T:
+    """The content of a JSON file, as `from_json` reads it.
 
-    Raises: WdlibError, naming the file, what it should be and the remedy, where the file cannot be
-    read or `parse` cannot use it.
+    Raises: WdlibError as `from_json` does, and where the file cannot be read.
     """
     try:
-        return parse(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, WdlibError) as error:
-        reason = error if isinstance(error, OSError | WdlibError) else repr(error)
-        raise WdlibError(f"{path} does not hold {what} ({reason}): {remedy}") from error
+        seen = os.stat(path)
+        if not S_ISREG(seen.st_mode) or seen.st_size > TEXT_BYTES:
+            raise OSError(f"it is no file of up to {TEXT_BYTES} bytes")
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise WdlibError(f"{path} does not hold {what} ({error}): {remedy}") from error
+    return from_json(
+        content, kind, what=f"{path} does not hold {what}", remedy=remedy, others=others
+    )
+
+
+def from_json(
+    content: str | bytes | bytearray,
+    kind: type[_T],
+    *,
+    what: str,
+    remedy: str,
+    others: Others = "forbid",
+) -> _T:
+    """JSON that comes from anywhere, as a value of a type: dataclasses, tuples, typed dictionaries.
+
+    Types are strict: a number in quotes is a text, 1.0 is no integer and a truth value no number.
+
+    Arguments: what, the sentence for what is no such JSON, without its end; remedy, what to do.
+    Raises: WdlibError made of the two and the reason, also where the type itself refuses its fields
+    with one.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(cast(Any, kind)).validate_json(content, strict=True, extra=others)
+    except (ValidationError, WdlibError) as error:
+        raise WdlibError(f"{what} ({_reason(error)}): {remedy}") from error
+
+
+def of_type(value: Any, kind: type[_T]) -> _T:
+    """A value made of lists, dictionaries, texts and numbers, of a type as strict as `from_json`'s.
+
+    Raises: ValueError with the place in the value and the reason.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(cast(Any, kind)).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise ValueError(_reason(error)) from None
+
+
+@cache
+def _adapter(kind: Any) -> "TypeAdapter[Any]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _reason(error: "ValidationError | WdlibError") -> str:
+    """The first of pydantic's reasons, with the place that it is about."""
+    if isinstance(error, WdlibError):
+        return str(error)
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part)[:40] for part in first["loc"])
+    return f"{place}: {first['msg']}" if place else first["msg"]

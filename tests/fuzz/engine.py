@@ -6,6 +6,7 @@ other error, an end of the process, a limit passed, another value, or a value wh
 refuses.
 """
 
+import ast
 import dataclasses
 import os
 import resource
@@ -28,6 +29,9 @@ from fuzz.mutations import Mutation
 from wdlib import WdlibError
 
 OUTCOMES = REFUSED, RIGHT, SAME, FAILED = "refused", "right", "as the library", "failed"
+
+BROKEN = "broken"
+"""What a process says when the test itself fails, and not a reader."""
 
 MEMORY = 2**28
 """Bytes that a case may take beside what its process had before; the files have some kilobytes."""
@@ -91,12 +95,10 @@ def _of_child(kind: Kind, folder: Path, cases: range) -> Iterator[tuple[int, str
     child = os.fork()
     if child == 0:
         os.close(read_end)
-        told = os.fdopen(os.dup(2), "w")
         try:
             _work(kind, folder, cases, write_end)
-        except BaseException:  # of the test itself: the parent sees a process that ended
-            traceback.print_exc(file=told)
-            told.flush()
+        except BaseException:  # of the test itself
+            os.write(write_end, f"{BROKEN}\t{traceback.format_exc()!r}\n".encode())
         finally:
             os._exit(0)
     os.close(write_end)
@@ -113,6 +115,8 @@ def _of_child(kind: Kind, folder: Path, cases: range) -> Iterator[tuple[int, str
                 buffer += more
             line, _, buffer = buffer.partition(b"\n")
             outcome, _, detail = line.decode("utf-8", "replace").partition("\t")
+            if outcome == BROKEN:
+                raise RuntimeError(f"{kind.name}, case {number}: {ast.literal_eval(detail)}")
             yield number, outcome, detail
             number += 1
     finally:

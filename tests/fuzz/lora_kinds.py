@@ -122,7 +122,7 @@ def library_grid(path: Path) -> Any:
     found = []
     for name, asked in content["tiers"].items():
         check({"fingerprint": False, **asked}, tier | {"fingerprint": bool})
-        protocol = check({**usual, "tasks": asked["evaluation"]["tasks"], **asked["evaluation"]}, measured)
+        protocol = check({**usual, **asked["evaluation"]}, measured)
         seen: list[Any] = []
         for seed in asked["seeds"]:
             for given in asked["runs"]:
@@ -234,6 +234,15 @@ def _evaluation(found: Evaluation) -> Any:
     return json.loads(json.dumps(asdict(found.protocol))), found.scores, found.made
 
 
+def judge(part: dict[str, Any]) -> None:
+    """Raise ValueError for losses that cannot be."""
+    sums, tokens = part["sums"], part["tokens"]
+    if len(sums) != len(tokens) or min(tokens, default=-1) < 0 or not 0 < sum(tokens) < 2**53:
+        raise ValueError("tokens")
+    if not np.isfinite([part["loss"], *sums]).all():
+        raise ValueError("losses")
+
+
 def library_result(path: Path) -> Any:
     """By `json` and `numpy`, judged by the docstrings of `training.train` and `Scores`."""
     path = path.with_suffix(".json")
@@ -242,11 +251,7 @@ def library_result(path: Path) -> Any:
     report = conform(path, schema, more=True)
     report = {name: report[name] for name in schema}
     for part in report["held_out"].values():
-        sums, tokens = part["sums"], part["tokens"]
-        if len(sums) != len(tokens) or min(tokens, default=-1) < 0 or not sum(tokens) or max(tokens) > 2**53:
-            raise ValueError("tokens")
-        if not np.isfinite([part["loss"], *sums]).all():
-            raise ValueError("losses")
+        judge(part)
     protocol, measured, made = library_scores(path.with_suffix(".npz"))
     if made.get("adapter", report["hashes"]["adapter"]) != report["hashes"]["adapter"]:
         return None
@@ -322,8 +327,9 @@ def make_start(folder: Path) -> Path:
 
 
 def library_start(path: Path) -> Any:
-    conform(path, {"held_out": HELD_OUT, "step0": (None, dict)})
-    return json.loads(path.read_bytes())
+    found = conform(path, {"held_out": HELD_OUT, "step0": (None, dict)})
+    judge(found["held_out"])
+    return found
 
 
 # Data sets and benchmarks -----------------------------------------------------------------------

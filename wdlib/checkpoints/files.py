@@ -6,7 +6,7 @@ Nothing here opens the weights, and code that comes with a model is never run.
 
 import difflib
 import hashlib
-import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,9 +68,9 @@ def resolve(model: str | Path | Checkpoint) -> Checkpoint:
             return _from_wheels(row)
         return _from_hub(row.hub_id, row.name)
     path = _expanded(model)
-    if model and path.is_dir():
+    if model and os.path.isdir(path):  # which is false for names that no file can have
         return Checkpoint(path.resolve().name, _weight_files(path), f"folder {path.resolve().name}")
-    if model and path.is_file():  # never a pipe, which would be waited for
+    if model and os.path.isfile(path):  # never a pipe, which would be waited for
         return Checkpoint(path.stem, (_checked_file(path),), f"file {path.name}")
     if isinstance(model, str) and _HUB_ID.fullmatch(model) and path.suffix not in _FORMATS:
         return _from_hub(model, model.rsplit("/", 1)[-1])
@@ -246,14 +246,18 @@ def shards(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in names)
 
 
+@dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
+
+
 def _shard_names(index: Path | RemoteFile, content: bytes | bytearray) -> list[str]:
-    try:
-        names = sorted(set(json.loads(content)["weight_map"].values()))
-        if any(name != Path(name).name for name in names):
-            raise ValueError("it names files elsewhere")
-        return names
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WdlibError(f"{index} is corrupt ({error!r}): download it again.") from error
+    what, remedy = f"{index} is corrupt", "download it again"
+    found = paths.from_json(content, _Index, what=what, remedy=remedy, others="ignore")
+    names = sorted(set(found.weight_map.values()))
+    if any(name != Path(name).name or len(name.encode()) > 255 for name in names):
+        raise WdlibError(f"{index} is corrupt (it names files elsewhere): download it again.")
+    return names
 
 
 # The hub -----------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wdlib import WdlibError
+from safetensors import SafetensorError, safe_open
+
+from wdlib import WdlibError, first_line, paths
 from wdlib.checkpoints.files import Checkpoint, config_file
 from wdlib.checkpoints.formats import EXACT, Tensor
 from wdlib.checkpoints.hub import RemoteFile
@@ -39,7 +41,7 @@ def read_headers(checkpoint: Checkpoint) -> tuple[Geometry, dict[str, Tensor]]:
     first = checkpoint.files[0]
     if isinstance(first, Path) and first.suffix == ".gguf":
         metadata, tensors = gguf_header(first)
-        return _geometry_of_gguf(metadata), tensors
+        return _geometry_of_gguf(first, metadata), tensors
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
         tables = list(pool.map(safetensors_header, checkpoint.files))
     geometry = _geometry_of_config(config_file(checkpoint))
@@ -50,26 +52,38 @@ def _geometry_of_config(file: Path | RemoteFile | None) -> Geometry:
     if file is None:
         return Geometry()
     content = file.content() if isinstance(file, RemoteFile) else file.read_bytes()
-    try:
-        config = json.loads(content)
-        config = config.get("text_config") or config
-    except (ValueError, AttributeError) as error:
-        raise WdlibError(f"{file} is not a model's configuration ({error}).") from error
+    what, remedy = f"{file} is not a model's configuration", "download it again"
+    config = paths.from_json(content, dict[str, Any], what=what, remedy=remedy)
+    if inner := config.get("text_config"):
+        config = paths.from_json(json.dumps(inner), dict[str, Any], what=what, remedy=remedy)
 
     def first(*keys: str) -> Any:
         return next((config[key] for key in keys if config.get(key) is not None), None)
 
     heads = first("num_attention_heads", "n_head", "n_heads")
-    return Geometry(
-        architecture=first("model_type"),
-        layers=first("num_hidden_layers", "n_layer", "n_layers"),
-        heads=heads,
-        kv_heads=first("num_key_value_heads") or heads,
-        predictors=first("num_nextn_predict_layers", "num_mtp_layers") or 0,
+    return _checked(
+        file,
+        first("model_type"),
+        first("num_hidden_layers", "n_layer", "n_layers"),
+        heads,
+        first("num_key_value_heads") or heads,
+        first("num_nextn_predict_layers", "num_mtp_layers") or 0,
     )
 
 
-def _geometry_of_gguf(metadata: dict[str, Any]) -> Geometry:
+def _checked(file: Path | RemoteFile, architecture: Any, *numbers: Any) -> Geometry:
+    """A geometry, if its fields are what they have to be."""
+    wrong = [n for n in numbers if n is not None and (type(n) is not int or n < 0)]
+    if wrong or not isinstance(architecture, str | None) or 0 in numbers[:3]:
+        named = f"{architecture!r:.40}, {', '.join(f'{n!r:.40}' for n in numbers)}"
+        raise WdlibError(
+            f"{file} is damaged: architecture, layers, heads, heads of keys and further layers are "
+            f"{named}; download it again."
+        )
+    return Geometry(architecture, *numbers)
+
+
+def _geometry_of_gguf(path: Path, metadata: dict[str, Any]) -> Geometry:
     architecture = metadata.get("general.architecture")
 
     def field(key: str) -> Any:
@@ -78,10 +92,11 @@ def _geometry_of_gguf(metadata: dict[str, Any]) -> Geometry:
     layers, heads = field("block_count"), field("attention.head_count")
     # The last blocks of some models predict further tokens and are no part of the decoder.
     predictors = field("nextn_predict_layers") or 0
-    if layers is not None:
-        layers -= predictors
     kv_heads = metadata.get(f"{architecture}.attention.head_count_kv", heads)
-    return Geometry(architecture, layers, heads, kv_heads, predictors)
+    geometry = _checked(path, architecture, layers, heads, kv_heads, predictors)
+    if layers is None:
+        return geometry
+    return _checked(path, architecture, layers - predictors, heads, kv_heads, predictors)
 
 
 def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
@@ -98,11 +113,19 @@ def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
             if name == "__metadata__":
                 continue
             begin, end = item["data_offsets"]
-            shape = tuple(int(n) for n in item["shape"])
+            shape, dtype = tuple(item["shape"]), item["dtype"]
+            if type(dtype) is not str or {type(n) for n in (begin, end, *shape)} != {int}:
+                raise ValueError(f"another type of value for {name}")
             if min(begin, end - begin, *shape, 0) < 0:
                 raise ValueError(f"a negative number for {name}")
-            table[name] = Tensor(name, shape, item["dtype"], path, 8 + length + begin, end - begin)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            table[name] = Tensor(name, shape, dtype, path, 8 + length + begin, end - begin)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise WdlibError(
             f"The header of {path} is corrupt ({error!r}): download it again."
         ) from error
@@ -110,7 +133,20 @@ def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
         value = EXACT.get(tensor.dtype)
         _check_extent(tensor, size, value and value * math.prod(tensor.shape))
     _check_order(list(table.values()), 8 + length, size, alignment=1)
+    if isinstance(path, Path):
+        _check_by_library(path)
     return table
+
+
+def _check_by_library(path: Path) -> None:
+    """Refuse what the format's own library refuses."""
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except SafetensorError as error:
+        raise WdlibError(
+            f"The header of {path} is corrupt ({first_line(error)}): download it again."
+        ) from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -180,18 +216,19 @@ def gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
         try:
             tensors, fields = cursor.scalar("Q"), cursor.scalar("Q")
-            metadata = {cursor.text(): cursor.value(cursor.scalar("I")) for _ in range(fields)}
+            metadata = {cursor.name(): cursor.value(cursor.scalar("I")) for _ in range(fields)}
             table = [_gguf_tensor(cursor, path) for _ in range(tensors)]
         except (struct.error, ValueError, KeyError, OverflowError, RecursionError) as error:
             raise WdlibError(
                 f"The header of {path} is truncated or corrupt ({error}): download it again."
             ) from error
-    if metadata.get("split.count", 1) > 1:
+    if metadata.get("split.count", 1) not in (0, 1):
         raise WdlibError(
             f"{path} is one part of a split model: join the parts with `llama-gguf-split --merge`."
         )
     alignment = metadata.get("general.alignment") or 32
-    if alignment % 8 or alignment & (alignment - 1) or len({t.name for t in table}) < len(table):
+    aligned = type(alignment) is int and not (alignment % 8 or alignment & (alignment - 1))
+    if not aligned or len({t.name for t in table}) < len(table):
         raise WdlibError(
             f"The header of {path} is corrupt (an alignment of {alignment} bytes, or a tensor "
             "twice): download it again."
@@ -208,7 +245,7 @@ def _gguf_tensor(cursor: "_Cursor", path: Path) -> Tensor:
     """One row of a GGUF file's table of tensors; its offset still counts from the data's start."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    name = cursor.text()
+    name = cursor.name()
     shape = tuple(cursor.scalar("Q") for _ in range(cursor.scalar("I")))[::-1]
     kind = GGMLQuantizationType(cursor.scalar("I"))
     block, block_bytes = GGML_QUANT_SIZES[kind]
@@ -234,17 +271,20 @@ class _Cursor:
         self.position += struct.calcsize(f"<{code}")
         return value
 
-    def text(self) -> str:
+    def name(self) -> str:
+        return self._text().decode()
+
+    def _text(self) -> bytes:
         length = self.scalar("Q")
         if length > len(self.buffer) - self.position:
             raise ValueError(f"a text of {length} bytes at byte {self.position}")
         self.position += length
-        return self.buffer[self.position - length : self.position].decode("utf-8", "replace")
+        return self.buffer[self.position - length : self.position]
 
     def value(self, kind: int) -> Any:
         """A number, a truth value or a text; None for an array, which is passed over."""
         if kind == _GGUF_STRING:
-            return self.text()
+            return self._text().decode("utf-8", "replace")
         if kind != _GGUF_ARRAY:
             return self.scalar(_GGUF_TYPES[kind])
         kind, count = self.scalar("I"), self.scalar("Q")

@@ -36,14 +36,14 @@ def _verified(path: Path, sha256: str) -> bool:
     if not path.is_file():
         return False
     seen = path.stat()
-    mark = f"{seen.st_size} {seen.st_mtime_ns} {sha256}\n"
+    mark = f"{seen.st_size} {seen.st_mtime_ns} {sha256}\n".encode()
     stamp = _stamp(path)
-    if stamp.is_file() and stamp.read_text() == mark:
+    if stamp.is_file() and stamp.read_bytes() == mark:
         return True
     if paths.file_sha256(path) != sha256:
         _log.warning("%s is damaged and is fetched again", path)
         return False
-    stamp.write_text(mark)
+    stamp.write_bytes(mark)
     return True
 
 

@@ -13,14 +13,14 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from wdlib import TYPES, WdlibError, __version__, paths
+from wdlib import TYPES, WdlibError, __version__, first_line, paths
 from wdlib.checkpoints.catalogue import catalogue_model
 from wdlib.fingerprints import record
 from wdlib.fingerprints.record import Fingerprint
@@ -75,29 +75,53 @@ def cells(path: str | Path = GRID) -> tuple[Cell, ...]:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Without aliases, whose repetitions a few lines can make endless."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("it repeats a part by *name: write that out")
+            return super().compose_node(parent, index)
+
+    what, remedy = f"{path} is no grid of experiments", "correct it"
     try:
-        grid = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.dumps(yaml.load(text, Loader))
+        grid = paths.from_json(content, _Grid, what=what, remedy=remedy)
         found = tuple(_expand(grid))
         _check_protocols(found)
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, WdlibError) as error:
-        raise WdlibError(f"{path} is no grid of experiments: {error}") from error
+    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise WdlibError(f"{what} ({first_line(error)}): {remedy}") from error
     return found
 
 
-def _expand(grid: dict[str, Any]) -> Iterator[Cell]:
-    for name, tier in grid["tiers"].items():
-        unknown = set(tier) - {"seeds", "evaluation", "runs", "fingerprint"}
-        if unknown:
-            raise WdlibError(f"{name} has {sorted(unknown)[0]!r}, which no tier has")
-        asked, fingerprint = tier["evaluation"], tier.get("fingerprint", False)
-        protocol = Protocol(**{**asked, "tasks": tuple(asked["tasks"])})
+@dataclass(frozen=True)
+class _Tier:
+    """A part of a grid's file."""
+
+    seeds: tuple[int, ...]
+    evaluation: Protocol
+    runs: tuple[dict[str, Any], ...]
+    fingerprint: bool = False
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """A grid's file."""
+
+    tiers: dict[str, _Tier]
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+def _expand(grid: _Grid) -> Iterator[Cell]:
+    for name, tier in grid.tiers.items():
         seen = set()
-        for seed in tier["seeds"]:
-            for given in tier["runs"]:
-                run = _run({**grid.get("defaults", {}), **given}, seed)
+        for seed in tier.seeds:
+            for given in tier.runs:
+                run = _run({**grid.defaults, **given}, seed)
                 if run.key not in seen:
                     seen.add(run.key)
-                    yield Cell(name, run, protocol, fingerprint)
+                    yield Cell(name, run, tier.evaluation, tier.fingerprint)
 
 
 def _check_protocols(every: Sequence[Cell]) -> None:

@@ -30,6 +30,7 @@ from wdlib.lora import data, initialisation, pretrained
 from wdlib.lora.adapters import ADAPTER, LoraSettings, export
 from wdlib.lora.data import Example, Tokens
 from wdlib.lora.measure import step0
+from wdlib.lora.results import HeldOut, read_report
 from wdlib.lora.runs import UNTRAINED, Run
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def result(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / _RESULT
     if not path.is_file():
         return None
-    return paths.read_json(path, dict, what="a run's result", remedy="remove the run's folder")
+    return read_report(path)
 
 
 def train(
@@ -266,7 +267,7 @@ def _claim(run: Run, folder: Path) -> None:
     path = folder / _RUN
     if path.is_file():
         remedy = f"give {run.key} a folder of its own"
-        if paths.read_json(path, Run.from_dict, what="a run", remedy=remedy) != run:
+        if paths.read_json(path, Run, what="a run", remedy=remedy) != run:
             raise WdlibError(f"{folder} holds another run ({_RUN}): {remedy}")
         return
     paths.write_text(path, run.to_json())
@@ -296,7 +297,14 @@ def _measured_once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[st
     """What was measured before training: read if an earlier call has, else measured and kept."""
     if not path.is_file():
         paths.write_text(path, json.dumps(measure()))
-    return paths.read_json(path, dict, what="a run's start", remedy="remove the run's folder")
+    what, remedy = "a run's start", "remove the run's folder"
+    return asdict(paths.read_json(path, _Start, what=what, remedy=remedy))
+
+
+@dataclass(frozen=True)
+class _Start:
+    held_out: HeldOut
+    step0: dict[str, Any] | None
 
 
 def held_out_loss(
@@ -447,9 +455,10 @@ def _mark_whole(checkpoint: Path) -> None:
 
 def _is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end and all of its files are as they were then."""
-    if not (checkpoint / _WHOLE).is_file():
+    try:
+        held = paths.read_json(checkpoint / _WHOLE, dict[str, str], what="a mark", remedy="")
+    except WdlibError:
         return False
-    held = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8") or "{}")
     found = {checkpoint / name: sha256 for name, sha256 in held.items()}
     return all(p.is_file() and paths.file_sha256(p) == sha256 for p, sha256 in found.items())
 
