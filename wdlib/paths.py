@@ -95,9 +95,9 @@ def json_lines(path: Path) -> list[Any]:
 def read_json(
     path: str | Path, kind: type[_T], *, what: str, remedy: str, others: Others = "forbid"
 ) -> _T:
-    """The content of a JSON file, as `from_json` reads it.
+    """The content of a JSON file, as `parse_json` reads it.
 
-    Raises: WdlibError as `from_json` does, and where the file cannot be read.
+    Raises: WdlibError as `parse_json` does, and where the file cannot be read.
     """
     try:
         seen = os.stat(path)
@@ -106,12 +106,12 @@ def read_json(
         content = Path(path).read_bytes()
     except OSError as error:
         raise WdlibError(f"{path} does not hold {what} ({error}): {remedy}") from error
-    return from_json(
+    return parse_json(
         content, kind, what=f"{path} does not hold {what}", remedy=remedy, others=others
     )
 
 
-def from_json(
+def parse_json(
     content: str | bytes | bytearray,
     kind: type[_T],
     *,
@@ -136,7 +136,7 @@ def from_json(
 
 
 def of_type(value: Any, kind: type[_T]) -> _T:
-    """A value made of lists, dictionaries, texts and numbers, of a type as strict as `from_json`'s.
+    """A value made of lists, dictionaries, texts and numbers, of a strict type, as in `parse_json`.
 
     Raises: ValueError with the place in the value and the reason.
     """

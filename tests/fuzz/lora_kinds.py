@@ -281,7 +281,7 @@ def library_scores(path: Path) -> Any:
         bad = (s.orders < 0) | (s.orders >= k)
         if bad.any() or (s.gold < 0).any() or (s.gold >= k).any() or (s.characters < 0).any() or not n * o * k:
             raise ValueError("options")
-        if np.isposinf(s.loglikelihood).any() or (s.loglikelihood > 0).any():
+        if np.isposinf(s.loglikelihood).any():
             raise ValueError("likelihoods")
     return protocol, measured, about["made"]
 

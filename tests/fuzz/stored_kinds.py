@@ -238,7 +238,7 @@ def _floats(content: Any) -> Any:
 
 
 def make_record(folder: Path) -> Path:
-    made = Provenance("workflow/x.py", "00", {"n": [1, None]}, {"numpy": "2"}, {"a": "b"}, "2026-01-01", "11")
+    made = Provenance("docs/bench.py", "00", {"n": [1, None]}, {"numpy": "2"}, {"a": "b"}, "2026-01-01", "11")
     provenance.save(made, folder / "table.csv")
     return folder / "table.provenance.json"
 

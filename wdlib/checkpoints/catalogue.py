@@ -63,7 +63,7 @@ def models() -> dict[str, Model]:
         text = json.dumps(tomllib.loads(paths.CATALOGUE.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         raise WdlibError(f"{what} ({first_line(error)}): {remedy}") from error
-    rows = paths.from_json(text, dict[str, _Row], what=what, remedy=remedy)
+    rows = paths.parse_json(text, dict[str, _Row], what=what, remedy=remedy)
     return {
         name: Model(name, r.hub_id, r.family, r.license, r.gated, (*r.wheels, Source("hub")))
         for name, r in rows.items()

@@ -253,7 +253,7 @@ class _Index:
 
 def _shard_names(index: Path | RemoteFile, content: bytes | bytearray) -> list[str]:
     what, remedy = f"{index} is corrupt", "download it again"
-    found = paths.from_json(content, _Index, what=what, remedy=remedy, others="ignore")
+    found = paths.parse_json(content, _Index, what=what, remedy=remedy, others="ignore")
     names = sorted(set(found.weight_map.values()))
     if any(name != Path(name).name or len(name.encode()) > 255 for name in names):
         raise WdlibError(f"{index} is corrupt (it names files elsewhere): download it again.")

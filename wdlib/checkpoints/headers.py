@@ -53,9 +53,9 @@ def _geometry_of_config(file: Path | RemoteFile | None) -> Geometry:
         return Geometry()
     content = file.content() if isinstance(file, RemoteFile) else file.read_bytes()
     what, remedy = f"{file} is not a model's configuration", "download it again"
-    config = paths.from_json(content, dict[str, Any], what=what, remedy=remedy)
+    config = paths.parse_json(content, dict[str, Any], what=what, remedy=remedy)
     if inner := config.get("text_config"):
-        config = paths.from_json(json.dumps(inner), dict[str, Any], what=what, remedy=remedy)
+        config = paths.parse_json(json.dumps(inner), dict[str, Any], what=what, remedy=remedy)
 
     def first(*keys: str) -> Any:
         return next((config[key] for key in keys if config.get(key) is not None), None)

@@ -272,7 +272,7 @@ def load(path: str | Path) -> Fingerprint:
     content = paths.read_json(path, dict[str, Any], what=what, remedy=remedy)
     text = json.dumps({key.replace(" ", "_"): value for key, value in content.items()})
     what = f"{path} does not hold {what}"
-    stored = paths.from_json(text, _Stored, what=what, remedy=remedy, others="ignore")
+    stored = paths.parse_json(text, _Stored, what=what, remedy=remedy, others="ignore")
     try:
         return stored.fingerprint()
     except ValueError as error:

@@ -219,15 +219,12 @@ def _rows(path: Path, source: _Source) -> list[dict[str, Any]]:
         rows = []
     if not rows:
         raise WdlibError(f"{path} cannot be read or is empty: fetch it again")
-    try:
-        for row in rows:
-            named = {name and name.replace(" ", "_"): value for name, value in row.items()}
-            paths.from_json(json.dumps(named), source.row, what="", remedy="", others="ignore")
-    except (WdlibError, AttributeError):  # whose reasons may quote an item
-        raise WdlibError(
-            f"{path} has a row that is no item of the benchmark (row {rows.index(row) + 1}): fetch "
-            "it again"
-        ) from None
+    what, remedy = f"{path} has a row that is no item of the benchmark", "fetch it again"
+    for row in rows:
+        named = row
+        if isinstance(row, dict):
+            named = {str(name).replace(" ", "_"): value for name, value in row.items()}
+        paths.parse_json(json.dumps(named), source.row, what=what, remedy=remedy, others="ignore")
     return rows
 
 

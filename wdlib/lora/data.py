@@ -156,7 +156,7 @@ class Question:
 def _example(row: dict) -> Example:
     def parsed(kind: type[_T]) -> _T:
         what, remedy = "it is no example", "correct it"
-        return paths.from_json(json.dumps(row), kind, what=what, remedy=remedy, others="ignore")
+        return paths.parse_json(json.dumps(row), kind, what=what, remedy=remedy, others="ignore")
 
     if "choices" not in row:
         given = parsed(_Instruction)

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,9 @@ STATES = FINISHED, EXTENDABLE, BEGUN, TO_DO, LACKING = (
     "lacks the reference's characterisation",
 )
 
+_PIECES = 2**17
+"""A grid of more names, values and marks between them is refused."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -75,19 +79,13 @@ def cells(path: str | Path = GRID) -> tuple[Cell, ...]:
     """
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """Without aliases, whose repetitions a few lines can make endless."""
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("it repeats a part by *name: write that out")
-            return super().compose_node(parent, index)
-
     what, remedy = f"{path} is no grid of experiments", "correct it"
     try:
         text = Path(path).read_text(encoding="utf-8")
-        content = json.dumps(yaml.load(text, Loader))
-        grid = paths.from_json(content, _Grid, what=what, remedy=remedy)
+        # A few lines can repeat parts without end: what is cut off here is no whole JSON.
+        pieces = json.JSONEncoder().iterencode(yaml.safe_load(text))
+        content = "".join(islice(pieces, _PIECES))
+        grid = paths.parse_json(content, _Grid, what=what, remedy=remedy)
         found = tuple(_expand(grid))
         _check_protocols(found)
     except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:

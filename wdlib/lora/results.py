@@ -65,7 +65,7 @@ def read_report(path: Path) -> dict[str, Any]:
     what, remedy = "a report", "remove it to run the cell again"
     found = paths.read_json(path, dict[str, Any], what=what, remedy=remedy)
     what = f"{path} does not hold {what}"
-    paths.from_json(json.dumps(found), _Report, what=what, remedy=remedy, others="ignore")
+    paths.parse_json(json.dumps(found), _Report, what=what, remedy=remedy, others="ignore")
     return found
 
 
@@ -83,6 +83,14 @@ class HeldOut:
             raise ValueError("sums and numbers of tokens are not those of as many examples")
         if not np.isfinite([self.loss, *self.sums]).all():
             raise ValueError("a loss is NaN or infinite")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is measured before a run trains; step0 has the fields of `measure.Step0`."""
+
+    held_out: HeldOut
+    step0: dict[str, Any] | None
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ class Run:
         """
         what = "these are no settings of a run"
         remedy = "correct them (a number like 2e-4 needs a point in YAML: 2.0e-4)"
-        return paths.from_json(json.dumps(content), cls, what=what, remedy=remedy)
+        return paths.parse_json(json.dumps(content), cls, what=what, remedy=remedy)
 
     def characterisation(self) -> Path | None:
         """The file of the reference's characterisation; None without a reference."""

@@ -62,7 +62,7 @@ def load(path: Path) -> Evaluation:
             if sum(member.file_size for member in archive.infolist()) > paths.TEXT_BYTES:
                 raise ValueError("it says that it is larger than any evaluation")
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            about = paths.from_json(str(arrays["about"]), _About, what=what, remedy=remedy)
+            about = paths.parse_json(str(arrays["about"]), _About, what=what, remedy=remedy)
             parts = [part.name for part in fields(Scores)]
             scores = {
                 name: _checked(Scores(**{part: arrays[f"{name}/{part}"] for part in parts}))
@@ -98,8 +98,8 @@ def _checked(scores: Scores) -> Scores:
     positions = np.concatenate([scores.orders.ravel(), scores.gold])
     if (positions < 0).any() or (positions >= options).any() or (scores.characters < 0).any():
         raise ValueError("an option is of a number that is not there")
-    if (scores.loglikelihood > 0).any():
-        raise ValueError("a log-likelihood is above 0")
+    if np.isposinf(scores.loglikelihood).any():
+        raise ValueError("a log-likelihood is infinite")
     return scores
 
 

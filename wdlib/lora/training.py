@@ -30,7 +30,7 @@ from wdlib.lora import data, initialisation, pretrained
 from wdlib.lora.adapters import ADAPTER, LoraSettings, export
 from wdlib.lora.data import Example, Tokens
 from wdlib.lora.measure import step0
-from wdlib.lora.results import HeldOut, read_report
+from wdlib.lora.results import Start, read_report
 from wdlib.lora.runs import UNTRAINED, Run
 
 if TYPE_CHECKING:
@@ -298,13 +298,7 @@ def _measured_once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[st
     if not path.is_file():
         paths.write_text(path, json.dumps(measure()))
     what, remedy = "a run's start", "remove the run's folder"
-    return asdict(paths.read_json(path, _Start, what=what, remedy=remedy))
-
-
-@dataclass(frozen=True)
-class _Start:
-    held_out: HeldOut
-    step0: dict[str, Any] | None
+    return asdict(paths.read_json(path, Start, what=what, remedy=remedy))
 
 
 def held_out_loss(
@@ -456,8 +450,9 @@ def _mark_whole(checkpoint: Path) -> None:
 def _is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end and all of its files are as they were then."""
     try:
-        held = paths.read_json(checkpoint / _WHOLE, dict[str, str], what="a mark", remedy="")
-    except WdlibError:
+        mark = (checkpoint / _WHOLE).read_bytes() or b"{}"  # of an earlier version
+        held = paths.parse_json(mark, dict[str, str], what="no mark", remedy="")
+    except (OSError, WdlibError):
         return False
     found = {checkpoint / name: sha256 for name, sha256 in held.items()}
     return all(p.is_file() and paths.file_sha256(p) == sha256 for p, sha256 in found.items())
