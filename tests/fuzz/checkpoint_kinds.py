@@ -1,6 +1,7 @@
 """Attacks on what a model comes as: safetensors, their index and configuration, GGUF, the hub."""
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -19,7 +20,6 @@ from safetensors import deserialize
 from safetensors.numpy import save, save_file
 from tiny_hub import COMMIT
 
-from wdlib import WdlibError
 from wdlib.checkpoints import files, headers, hub
 
 # Safetensors ------------------------------------------------------------------------------------
@@ -226,14 +226,18 @@ _parts: dict[int, list[tuple[int, int, bool]]] = {}
 
 
 def _fields(data: bytes) -> list[tuple[int, int, bool]]:
-    """Where the header's numbers and texts lie: (offset, size, is a number), by the gguf library."""
+    """Where the header's numbers and texts lie, by gguf: (offset, size, is a number)."""
     if len(data) not in _parts:
         path = Path(f"/proc/self/fd/{_memory_file(data)}")
         reader = GGUFReader(path)
         base = reader.data.__array_interface__["data"][0]
         fields = [*reader.fields.values(), *(tensor.field for tensor in reader.tensors)]
         _parts[len(data)] = [
-            (part.__array_interface__["data"][0] - base, part.nbytes, part.dtype.kind in "iu" and part.nbytes > 1)
+            (
+                part.__array_interface__["data"][0] - base,
+                part.nbytes,
+                part.dtype.kind in "iu" and part.nbytes > 1,
+            )
             for field in fields
             for part in field.parts
         ]
@@ -241,8 +245,6 @@ def _fields(data: bytes) -> list[tuple[int, int, bool]]:
 
 
 def _memory_file(data: bytes) -> int:
-    import os
-
     file = os.memfd_create("gguf")
     os.write(file, data)
     return file
@@ -333,14 +335,20 @@ def make_hub(folder: Path) -> Path:
     _files[WHOLE] = save(tiny.llama_tensors(1, 8))
     _files["config.json"] = json.dumps({"model_type": "llama", "num_hidden_layers": 1}).encode()
     siblings = [
-        {"rfilename": name, "size": len(data), "lfs": {"sha256": tiny.sha256(data), "size": len(data), "pointerSize": 1}}
+        {
+            "rfilename": name,
+            "size": len(data),
+            "lfs": {"sha256": tiny.sha256(data), "size": len(data), "pointerSize": 1},
+        }
         for name, data in _files.items()
     ]
     answers = {
         "info": {"status": 200, "headers": {"Content-Type": "application/json"},
                  "body": {"id": "lab/tiny", "sha": COMMIT, "siblings": siblings}},
-        "range": {"status": 206, "headers": {"ETag": '"one"', "Content-Type": "binary"}, "shift": 0, "cut": 0},
-        "fault": {"status": 429, "every": 0, "headers": {"Retry-After": "1", "ratelimit": '"api";r=0;t=2'}},
+        "range": {"status": 206, "headers": {"ETag": '"one"', "Content-Type": "binary"},
+                  "shift": 0, "cut": 0},
+        "fault": {"status": 429, "headers": {"Retry-After": "1", "ratelimit": '"api";r=0;t=2'},
+                  "every": 0},
     }  # fmt: skip
     (folder / "answers.json").write_text(json.dumps(answers))
     return folder / "answers.json"
@@ -381,7 +389,9 @@ def read_hub(path: Path) -> Any:
             raise ValueError(f"a wait of {seconds} s")
 
     constants.ENDPOINT = "https://hub.test"
-    constants.HUGGINGFACE_CO_URL_TEMPLATE = "https://hub.test/{repo_id}/resolve/{revision}/{filename}"
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = (
+        "https://hub.test/{repo_id}/resolve/{revision}/{filename}"
+    )
     set_client_factory(lambda: httpx.Client(transport=httpx.MockTransport(answer)))
     real, time.sleep = time.sleep, waited
     try:
@@ -396,7 +406,9 @@ def _response(given: dict[str, Any], body: Any, usual: dict | None = None) -> ht
     content = body if isinstance(body, bytes) else json.dumps(body).encode("utf-8", "replace")
     named = given.get("headers")
     lines = {**(usual or {}), **(named if isinstance(named, dict) else {})}
-    sent = [(k.encode("ascii", "replace"), str(v).encode("utf-8", "replace")) for k, v in lines.items()]
+    sent = [
+        (k.encode("ascii", "replace"), str(v).encode("utf-8", "replace")) for k, v in lines.items()
+    ]
     stream = httpx.ByteStream(content)
     return httpx.Response(status if valid else 200, headers=sent, stream=stream)
 
@@ -404,8 +416,52 @@ def _response(given: dict[str, Any], body: Any, usual: dict | None = None) -> ht
 def library_hub(path: Path) -> Any:
     """Only what the files hold is right."""
     return {
-        (0, kind, None): tiny.llama_tensors(1, 8)[tiny.llama_name(0, kind)] for kind in ("q", "down")
+        (0, kind, None): tiny.llama_tensors(1, 8)[tiny.llama_name(0, kind)]
+        for kind in ("q", "down")
     }
+
+
+# Names ------------------------------------------------------------------------------------------
+
+
+def make_name(folder: Path) -> Path:
+    tiny.write_llama(folder / "toy", hidden=8)
+    (folder / "name.json").write_text(json.dumps({"model": "toy"}))
+    return folder / "name.json"
+
+
+def mutate_name(rng: Random, data: bytes) -> bytes:
+    """Odd texts, none of which is a hub's name: the network is not asked."""
+    odd = (
+        "x" * 300,
+        "x" * 70_000,
+        "a\0b",
+        "~nobody-of-this-name",
+        "\udcff",
+        "",
+        ".",
+        "/",
+        "\x1b[2J",
+        "toy/",
+        "./toy",
+        "../toy",
+        "TOY",
+    )
+    joined = "".join(rng.choice((*odd, "toy")) for _ in range(rng.choice((1, 2))))
+    return json.dumps({"model": joined}).encode()
+
+
+def read_name(path: Path) -> Any:
+    os.chdir(path.parent)
+    name = json.loads(path.read_bytes())["model"]
+    return "" if files._HUB_ID.fullmatch(name) and not os.path.isdir(name) else tiny.read(name)
+
+
+def library_name(path: Path) -> Any:
+    name = json.loads(path.read_bytes())["model"]
+    if files._HUB_ID.fullmatch(name) and not os.path.isdir(name):
+        return ""
+    return library_weights(Path(name) / WHOLE)
 
 
 def _folder(path: Path) -> Any:
@@ -413,11 +469,16 @@ def _folder(path: Path) -> Any:
 
 
 KINDS = (
-    Kind("safetensors: table", make_safetensors, mutate_safetensors, read_header, library_header, 400),
-    Kind("safetensors: weights", make_safetensors, mutate_safetensors, _folder, library_weights, 200),
+    Kind(
+        "safetensors: table", make_safetensors, mutate_safetensors, read_header, library_header, 400
+    ),
+    Kind(
+        "safetensors: weights", make_safetensors, mutate_safetensors, _folder, library_weights, 200
+    ),
     Kind("safetensors: index", make_index, as_json, _folder, library_index, 200),
     Kind("config.json", make_config, as_json, _folder, library_config, 200),
     Kind("GGUF: header", make_gguf, mutate_gguf, read_gguf, library_gguf, 300),
     Kind("GGUF: weights", make_gguf, mutate_gguf, tiny.read, library_gguf_weights, 200),
+    Kind("names of models", make_name, mutate_name, read_name, library_name, 100),
     Kind("hub: answers", make_hub, as_json, read_hub, library_hub, 200),
 )

@@ -12,8 +12,6 @@ import os
 import resource
 import select
 import signal
-import sys
-import time
 import traceback
 import warnings
 from collections import Counter
@@ -76,11 +74,11 @@ def run(kind: Kind, folder: Path, cases: range) -> Result:
     """The outcomes of some cases; case 0 is the file as it was, and has to come out right."""
     result, number = Result(), cases.start
     while number < cases.stop:
-        for number, outcome, detail in _of_child(kind, folder, range(number, cases.stop)):
+        for outcome, detail in _of_child(kind, folder, range(number, cases.stop)):
             result.counts[outcome] += 1
             if outcome == FAILED or (number == 0 and outcome != RIGHT):
                 result.failures[number] = detail or outcome
-        number += 1
+            number += 1
     return result
 
 
@@ -89,7 +87,7 @@ def changed(kind: Kind, original: bytes, number: int) -> bytes:
     return kind.mutate(Random(f"{kind.name} {number}"), original) if number else original
 
 
-def _of_child(kind: Kind, folder: Path, cases: range) -> Iterator[tuple[int, str, str]]:
+def _of_child(kind: Kind, folder: Path, cases: range) -> Iterator[tuple[str, str]]:
     """Outcomes of the cases that one process does before it ends, however it ends."""
     read_end, write_end = os.pipe()
     child = os.fork()
@@ -110,14 +108,14 @@ def _of_child(kind: Kind, folder: Path, cases: range) -> Iterator[tuple[int, str
                 more = os.read(read_end, 2**16) if ready else b""
                 if not more:
                     why = "the process ended" if ready else f"nothing for {SILENCE:.0f} s"
-                    yield number, FAILED, why
+                    yield FAILED, why
                     return
                 buffer += more
             line, _, buffer = buffer.partition(b"\n")
             outcome, _, detail = line.decode("utf-8", "replace").partition("\t")
             if outcome == BROKEN:
                 raise RuntimeError(f"{kind.name}, case {number}: {ast.literal_eval(detail)}")
-            yield number, outcome, detail
+            yield outcome, detail
             number += 1
     finally:
         os.close(read_end)
@@ -168,14 +166,17 @@ def _outcome(kind: Kind, path: Path, truth: Any) -> tuple[str, str]:
         return REFUSED, ""
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        return FAILED, f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {error}"
+        return (
+            FAILED,
+            f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {error}",
+        )
     try:
         other = plain(kind.library(path))
     except BaseException as error:
         return FAILED, f"read what is refused elsewhere: {error!r}"
     if found == truth:
         return RIGHT, ""
-    return (SAME, "") if found == other else (FAILED, f"another value than elsewhere")
+    return (SAME, "") if found == other else (FAILED, "another value than elsewhere")
 
 
 def plain(value: Any) -> Any:
@@ -186,7 +187,13 @@ def plain(value: Any) -> Any:
         named = [(f.name, plain(getattr(value, f.name))) for f in dataclasses.fields(value)]
         return (type(value).__name__, *named)
     if isinstance(value, dict):
-        return ("dict", *((plain(key), plain(item)) for key, item in sorted(value.items(), key=lambda pair: repr(pair[0]))))
+        return (
+            "dict",
+            *(
+                (plain(key), plain(item))
+                for key, item in sorted(value.items(), key=lambda pair: repr(pair[0]))
+            ),
+        )
     if isinstance(value, list | tuple):
         return ("sequence", *map(plain, value))
     return type(value).__name__, repr(value)

@@ -16,7 +16,7 @@ import tiny
 import tiny_lora
 import yaml
 from fuzz.engine import Kind
-from fuzz.mutations import as_json, flipped, json_lines
+from fuzz.mutations import as_json, flipped, json_lines, odd_array
 from fuzz.schemas import check, conform
 
 from wdlib.lora import benchmarks, data, grid, results, scores, training
@@ -28,7 +28,14 @@ RUN = Run(seed=7)
 HYPERPARAMETERS = {
     f.name: [str] if f.name == "targets" else type(f.default) for f in fields(Hyperparameters)
 }
-SETTINGS = {"model": str, "init": str, "reference": (None, str), "data": str, "seed": int, "b_scale": float}
+SETTINGS = {
+    "model": str,
+    "init": str,
+    "reference": (None, str),
+    "data": str,
+    "seed": int,
+    "b_scale": float,
+}
 
 
 def whole_run(given: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +59,8 @@ def told(run: Run) -> dict[str, Any]:
     content["b_scale"] = float(content["b_scale"])
     inner = content["hyperparameters"]
     content["hyperparameters"] = {
-        name: float(value) if HYPERPARAMETERS[name] is float else value for name, value in inner.items()
+        name: float(value) if HYPERPARAMETERS[name] is float else value
+        for name, value in inner.items()
     }
     return content
 
@@ -65,7 +73,7 @@ GRID = {
         "one": {
             "seeds": [1, 2], "fingerprint": True,
             "evaluation": {"tasks": ["arc_challenge"], "limit": {"arc_challenge": 3}, "orders": 4},
-            "runs": [{"init": "untrained"}, {"init": "default", "learning_rate": 6.0e-4, "rank": 8}],
+            "runs": [{"init": "untrained"}, {"init": "default", "learning_rate": 6.0e-4}],
         },
         "two": {
             "seeds": [3], "evaluation": {"tasks": []},
@@ -94,11 +102,25 @@ def mutate_grid(rng: Random, content: bytes) -> bytes:
         case 1:
             lines[at] = lines[at].replace("  ", " ", 1)
         case 2:
-            odd = ("2e-4", "!!python/object/apply:os.system [ls]", "2026-01-01", "*x", "0x10", "1_0", "~", ".nan", "yes", "&a [*a]")
+            odd = (
+                "2e-4",
+                "!!python/object/apply:os.system [ls]",
+                "2026-01-01",
+                "*x",
+                "0x10",
+                "1_0",
+                "~",
+                ".nan",
+                "yes",
+                "&a [*a]",
+            )
             lines[at] = f"{lines[at].partition(':')[0]}: {rng.choice(odd)}"
         case _:
             bomb = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
-            bomb += [f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in zip("abcdefghij", "bcdefghijk", strict=True)]
+            bomb += [
+                f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]"
+                for a, b in zip("abcdefghij", "bcdefghijk", strict=True)
+            ]
             lines = [*bomb, *lines] if rng.random() < 0.5 else [*lines, *bomb]
     return "\n".join(lines).encode()
 
@@ -158,7 +180,9 @@ def make_result(folder: Path) -> Path:
     values = np.random.default_rng(0).uniform(-3, -1, (5, 1, 4))
     values[0, 0, 3] = np.nan
     arc = tiny.scores(values, np.array([0, 1, 2, 3, 0], np.int8))
-    arc = Scores(arc.loglikelihood, arc.orders, arc.gold, arc.characters.astype(np.int32), arc.items)
+    arc = Scores(
+        arc.loglikelihood, arc.orders, arc.gold, arc.characters.astype(np.int32), arc.items
+    )
     protocol = Protocol(("arc_challenge",), limit={"arc_challenge": 5}, dtype="bfloat16")
     made = {"seconds": 1.0, "tasks": {}, "adapter": "00"}
     scores.save(Evaluation(protocol, {"arc_challenge": arc}, made), folder / f"{RUN.key}.npz")
@@ -188,19 +212,14 @@ def mutate_scores(rng: Random, content: bytes) -> bytes:
     match rng.randrange(7):
         case 0:
             del members[name]
-        case 1 if name != "about.npy":
-            members[name] = _npy(array.astype(rng.choice(("f2", "f8", "i8", "u1", "U3", "c8", "?", "M8[s]"))))
-        case 2 if name != "about.npy":
-            shape = rng.choice(((-1,), (1, 1, -1), array.shape[::-1], (0,)))
-            members[name] = _npy(np.resize(array, (2, 3)) if shape == (0,) else array.reshape(shape))
-        case 3 if name != "about.npy":
-            flat = array.copy()
-            flat.flat[rng.randrange(flat.size)] = rng.choice((-1, 0, 7, 100))
-            members[name] = _npy(flat)
+        case 1 | 2 | 3 if name != "about.npy":
+            members[name] = _npy(odd_array(rng, array))
         case 4:
             size = rng.choice((10**12, 10**9, -1, 2**63))
             header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({size},), }}\n".encode()
-            members[name] = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(64)
+            members[name] = (
+                b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(64)
+            )
         case 5:
             members[name] = flipped(rng, members[name])
         case _:
@@ -279,7 +298,13 @@ def library_scores(path: Path) -> Any:
         if [a.dtype.name for a in arrays_] != kinds or [a.shape for a in arrays_[1:]] != shapes:
             raise ValueError("shapes")
         bad = (s.orders < 0) | (s.orders >= k)
-        if bad.any() or (s.gold < 0).any() or (s.gold >= k).any() or (s.characters < 0).any() or not n * o * k:
+        if (
+            bad.any()
+            or (s.gold < 0).any()
+            or (s.gold >= k).any()
+            or (s.characters < 0).any()
+            or not n * o * k
+        ):
             raise ValueError("options")
         if np.isposinf(s.loglikelihood).any():
             raise ValueError("likelihoods")
@@ -336,13 +361,20 @@ def library_start(path: Path) -> Any:
 
 
 def make_examples(folder: Path) -> Path:
-    rows = [{"instruction": f"do {n}", "input": "x" if n else None, "output": f"done {n}"} for n in range(6)]
+    rows = [
+        {"instruction": f"do {n}", "input": "x" if n else None, "output": f"done {n}"}
+        for n in range(6)
+    ]
     return _lines(folder / data.DATA["alpaca"].file, rows)
 
 
 def make_questions(folder: Path) -> Path:
     rows = [
-        {"question": f"{n}?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+        {
+            "question": f"{n}?",
+            "choices": {"text": ["a", "b"], "label": ["A", "B"]},
+            "answerKey": "B",
+        }
         for n in range(6)
     ]
     return _lines(folder / data.DATA["arc"].file, rows)
@@ -366,7 +398,11 @@ def library_examples(path: Path) -> Any:
     found: dict[tuple[str, str], data.Example] = {}
     for row in _rows(path):
         if "choices" in check(row, {}, more=True):
-            check(row, {"question": str, "choices": {"text": [str], "label": [str]}, "answerKey": str}, more=True)
+            check(
+                row,
+                {"question": str, "choices": {"text": [str], "label": [str]}, "answerKey": str},
+                more=True,
+            )
             texts, labels = row["choices"]["text"], row["choices"]["label"]
             if len(texts) != len(labels) or len(texts) > 26:
                 raise ValueError("options")
@@ -425,7 +461,13 @@ def library_benchmark(name: str) -> Any:
     choices = {"text": [str], "label": [str]}
     schema = {
         ARC: {"question": str, "choices": choices, "answerKey": str},
-        HELLASWAG: {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": [str], "label": str},
+        HELLASWAG: {
+            "activity_label": str,
+            "ctx_a": str,
+            "ctx_b": str,
+            "endings": [str],
+            "label": str,
+        },
     }[name]
 
     def read(path: Path) -> Any:
@@ -458,10 +500,38 @@ KINDS = (
     Kind("report of a run", make_result, as_json, read_result, library_result, 200),
     Kind("scores", make_scores, mutate_scores, read_result, library_result, 200),
     Kind("mark of a checkpoint", make_checkpoint, as_json, read_checkpoint, lambda p: None, 100),
-    Kind("start of a run", make_start, as_json, lambda p: training._measured_once(p, dict), library_start, 100),
-    Kind("examples", make_examples, json_lines, lambda p: data.examples("alpaca", folder=p.parent), library_examples, 200),
-    Kind("questions", make_questions, json_lines, lambda p: data.examples("arc", folder=p.parent), library_examples, 200),
+    Kind(
+        "start of a run",
+        make_start,
+        as_json,
+        lambda p: training._measured_once(p, dict),
+        library_start,
+        100,
+    ),
+    Kind(
+        "examples",
+        make_examples,
+        json_lines,
+        lambda p: data.examples("alpaca", folder=p.parent),
+        library_examples,
+        200,
+    ),
+    Kind(
+        "questions",
+        make_questions,
+        json_lines,
+        lambda p: data.examples("arc", folder=p.parent),
+        library_examples,
+        200,
+    ),
     Kind("ARC", make_arc, json_lines, read_benchmark(ARC), library_benchmark(ARC), 100),
-    Kind("HellaSwag", make_hellaswag, mutate_zipped, read_benchmark(HELLASWAG), library_benchmark(HELLASWAG), 100),
+    Kind(
+        "HellaSwag",
+        make_hellaswag,
+        mutate_zipped,
+        read_benchmark(HELLASWAG),
+        library_benchmark(HELLASWAG),
+        100,
+    ),
     Kind("GPQA", make_gpqa, flipped, read_benchmark(GPQA), library_gpqa, 100),
 )

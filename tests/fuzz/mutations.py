@@ -7,6 +7,8 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
+import numpy as np
+
 Mutation = Callable[[Random, bytes], bytes]
 """Draws, and the bytes of a valid file -> the bytes of another."""
 
@@ -80,6 +82,24 @@ def json_lines(rng: Random, data: bytes) -> bytes:
     return rng.choice((b"\n", b"\n", b"\n", b"\r\n", b"\n\n")).join(lines) + b"\n"
 
 
+def odd_array(rng: Random, array: np.ndarray) -> np.ndarray:
+    """Of another type, shape or value; of the original's numbers else."""
+    match rng.randrange(4):
+        case 0:
+            return array.astype(rng.choice(("f2", "f4", "f8", "i4", "i8", "u1", "?")))
+        case 1:
+            return np.resize(
+                array, rng.choice(((2, 3), (0,), (1, 1, 1), array.shape[::-1], (4, 1)))
+            )
+        case 2:
+            return np.ascontiguousarray(array[::-1] if rng.random() < 0.5 else array[:-1])
+    changed = array.copy()
+    odd = (-1, 0, 1, 7, 100, -0.5) + (np.nan, np.inf, -np.inf, 1e308) * (array.dtype.kind == "f")
+    with np.errstate(all="ignore"):
+        changed.flat[rng.randrange(changed.size)] = np.array(rng.choice(odd)).astype(array.dtype)
+    return changed
+
+
 def _changed(rng: Random, content: Any, raw: list[str]) -> Any:
     """A copy in which one value, name or item is another. raw: gains texts for `"raw N"`."""
     content = copy.deepcopy(content)
@@ -99,7 +119,7 @@ def _changed(rng: Random, content: Any, raw: list[str]) -> Any:
             other, place = rng.choice(places)
             parent[key] = copy.deepcopy(other[place])
         case 3 if isinstance(parent, dict):
-            raw.append(f'{json.dumps(value)}, {json.dumps(key)}: {json.dumps(_odd(rng, 0, raw))}')
+            raw.append(f"{json.dumps(value)}, {json.dumps(key)}: {json.dumps(_odd(rng, 0, raw))}")
             parent[key] = f"raw {len(raw) - 1}"
         case 4:
             parent[key] = rng.choice(([value], {"a": value}, str(value), repr(value)))

@@ -1,4 +1,4 @@
-"""What a JSON file has to be, said once more and strictly, by which the fuzz tests judge readers."""
+"""What a JSON file has to be, said once more and strictly: readers are judged by it."""
 
 import json
 from pathlib import Path

@@ -85,7 +85,7 @@ def resolve(model: str | Path | Checkpoint) -> Checkpoint:
 def _expanded(model: str | Path) -> Path:
     try:
         return Path(model).expanduser()
-    except RuntimeError as error:  # "~nobody" names no home
+    except (RuntimeError, ValueError) as error:  # "~nobody" names no home
         raise WdlibError(
             f"{model} names no folder ({first_line(error)}): give its path."
         ) from error

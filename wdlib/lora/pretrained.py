@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wdlib import WdlibError, first_line, paths
+from wdlib.checkpoints.architectures import tensor_role
 from wdlib.checkpoints.files import INDEX, Checkpoint, resolve, shards
 from wdlib.checkpoints.headers import gguf_header
 
@@ -66,8 +67,8 @@ def load(model: str | Path | Checkpoint, *, dtype: str = "float32") -> Pretraine
 
     Arguments: dtype, of the weights in memory: "float32", "bfloat16" or "float16".
     Raises: WdlibError as `resolve` does, for an unknown dtype, for files without config.json, of an
-    architecture that transformers does not know as a causal language model, or beside others that
-    transformers would read in their place or with them.
+    architecture that transformers does not know as a causal language model, that do not fill it or
+    are of more layers, or beside others that transformers would read in their place or with them.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -77,10 +78,11 @@ def load(model: str | Path | Checkpoint, *, dtype: str = "float32") -> Pretraine
     checkpoint = resolve(model)
     folder, gguf = _source(checkpoint)
     with _reading(checkpoint):
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), **_LOCAL, **gguf
+        loaded, told = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), output_loading_info=True, **_LOCAL, **gguf
         )
         tokenizer = _tokenizer(folder, gguf)
+    _check_whole(checkpoint, loaded, told)
     if gguf:
         loaded = _plain(loaded)
         metadata, _ = gguf_header(folder / gguf["gguf_file"])
@@ -184,6 +186,24 @@ def _source(checkpoint: Checkpoint) -> tuple[Path, dict[str, str]]:
             "model.safetensors into a folder of its own, with config.json"
         )
     return folder, gguf
+
+
+def _check_whole(checkpoint: Checkpoint, loaded: "PreTrainedModel", told: dict[str, Any]) -> None:
+    """Refuse weights that are not those of the configuration.
+
+    told: transformers' report. It fills what is missing with random numbers, and drops layers that
+    the configuration does not count.
+    """
+    roles = (tensor_role(name, loaded.config.model_type) for name in told["unexpected_keys"])
+    dropped = {role.layer for role in roles if role}
+    predictors = getattr(loaded.config, "num_nextn_predict_layers", None) or 0
+    wrong = [*sorted(told["missing_keys"]), *(str(key) for key in told["mismatched_keys"])]
+    if wrong or len(dropped) > predictors:
+        what = f"holds another {wrong[0]}, or none," if wrong else f"has a layer {max(dropped)} more"
+        raise WdlibError(
+            f"{checkpoint.name} {what} than its config.json says: the configuration is another "
+            "model's, or the weights are incomplete; download both again."
+        )
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def _check(spectra: Spectra) -> None:
     """Raise ValueError for what no spectra are: see `Spectra`."""
     check_values(spectra.values)
     for t, values in spectra.values.items():
-        error, rows, sizes = spectra.error[t], spectra.rows[t], spectra.shapes.get(t, ())
+        error, rows, sizes = spectra.error[t], spectra.rows[t], spectra.shapes.get(t)
         if values.shape != error.shape or error.dtype != np.float64:
             raise ValueError(f"the errors of {t} are of another shape or type than its values")
         if not (np.isfinite(error).all() and (error >= 0).all()):
@@ -163,7 +163,7 @@ def _check(spectra: Spectra) -> None:
         ascend = all(one < two for one, two in pairwise(order))
         if len(rows) != len(values) or not ascend or order[0][0] < 0:
             raise ValueError(f"the rows of {t} are not those of as many matrices in their order")
-        if len(sizes) not in (0, len(rows)) or any(min(s) < spectra.rank for s in sizes):
+        if sizes is not None and (len(sizes) != len(rows) or min(map(min, sizes)) < spectra.rank):
             raise ValueError(f"the shapes of {t} are not those of its matrices")
 
 
