@@ -495,7 +495,7 @@ def library_gpqa(path: Path) -> Any:
 
 
 KINDS = (
-    Kind("grid of runs", make_grid, mutate_grid, read_grid, library_grid, 200),
+    Kind("grid of runs", make_grid, mutate_grid, read_grid, library_grid, 100),
     Kind("run", make_run, as_json, lambda p: training._claim(RUN, p.parent), library_run, 100),
     Kind("report of a run", make_result, as_json, read_result, library_result, 200),
     Kind("scores", make_scores, mutate_scores, read_result, library_result, 200),

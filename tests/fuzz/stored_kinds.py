@@ -443,7 +443,7 @@ def library_parameters(path: Path) -> Any:
 KINDS = (
     Kind("spectra", make_spectra, mutate_spectra, store.load, library_spectra, 300),
     Kind("journal", make_journal, mutate_journal, read_journal, lambda p: None, 300),
-    Kind("fingerprint", make_fingerprint, as_json, read_fingerprint, library_fingerprint, 300),
+    Kind("fingerprint", make_fingerprint, as_json, read_fingerprint, library_fingerprint, 100),
     Kind(
         "characterisation",
         make_characterisation,

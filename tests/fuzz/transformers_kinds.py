@@ -85,16 +85,16 @@ def library_adapter(path: Path) -> Any:
 
 
 KINDS = (
-    Kind("model: config.json", make_model, as_json, read_model, library_model, 30),
-    Kind("model: weights", make_weights, mutate_safetensors, read_model, library_model, 30),
-    Kind("model: tokenizer.json", make_tokenizer, as_json, read_model, library_model, 20),
-    Kind("adapter: configuration", make_adapter, as_json, read_adapter, library_adapter, 30),
+    Kind("model: config.json", make_model, as_json, read_model, library_model, 12),
+    Kind("model: weights", make_weights, mutate_safetensors, read_model, library_model, 12),
+    Kind("model: tokenizer.json", make_tokenizer, as_json, read_model, library_model, 12),
+    Kind("adapter: configuration", make_adapter, as_json, read_adapter, library_adapter, 12),
     Kind(
         "adapter: weights",
         make_adapter_weights,
         mutate_safetensors,
         read_adapter,
         library_adapter,
-        30,
+        12,
     ),
 )
