@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
+_NO_PYTHON = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)
+"""What `ast` raises for texts that are no Python, or nest too deeply."""
+
 _INJECTED = "injected-parameters"
 """papermill's tag of the cell with the parameters that were given."""
 
@@ -57,9 +60,9 @@ def declared_parameters(notebook: str | Path) -> dict[str, Any]:
     name = Path(notebook).name
     try:
         body = ast.parse(tagged[0].source).body
-    except SyntaxError as error:
+    except _NO_PYTHON as error:
         raise WdlibError(
-            f"the parameters cell of {name} is not plain Python (line {error.lineno}): keep magics "
+            f"the parameters cell of {name} is not plain Python ({first_line(error)}): keep magics "
             "and commands in other cells"
         ) from error
     declared = {}
@@ -334,7 +337,7 @@ def _value(text: str, annotation: Any) -> Any:
         return text
     try:
         return ast.literal_eval(text.title() if text.lower() in ("true", "false", "none") else text)
-    except (SyntaxError, ValueError):
+    except _NO_PYTHON:
         return text
 
 

@@ -10,13 +10,17 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
+from glob import escape
 from itertools import islice
 from pathlib import Path
-from stat import S_ISREG
-from tempfile import TemporaryDirectory
+from shutil import rmtree
+from stat import S_ISDIR, S_ISREG
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from filelock import FileLock, Timeout
 
 from wdlib import WdlibError
 
@@ -36,6 +40,9 @@ STYLE = ROOT / "wdlib" / "wdlib.mplstyle"
 TEXT_BYTES = 2**28
 """Larger files, unpacked, are no texts of this project, nor data that it is made for."""
 
+_LOCK = ".lock"
+"""In a folder of `scratch`, locked as long as its process lives."""
+
 _T = TypeVar("_T")
 Others = Literal["forbid", "ignore"]
 """What becomes of names in a JSON object that its type lacks: refused, or left out."""
@@ -47,10 +54,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Makes the folder. A reader of `path` sees the file that was there before or the new one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A folder of this process alone: nobody can have planted a link where the file is written.
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".part") as folder:
-        part = Path(folder) / path.name
+    # In a folder of this process alone, nobody can have planted a link where the file is written.
+    with scratch(path.parent, path.name) as folder:
+        part = folder / path.name
         try:
             yield part
             os.replace(part, path)
@@ -58,6 +64,44 @@ def atomic_write(path: Path) -> Iterator[Path]:
             if error.filename is None and error.errno:  # a full disk says no name
                 raise OSError(error.errno, error.strerror, str(path)) from error
             raise
+
+
+@contextmanager
+def scratch(folder: Path, name: str) -> Iterator[Path]:
+    """An empty folder of this process alone inside `folder`, which is made; removed at the end.
+
+    name: of the work. What killed processes of the same user left of work of this name is removed
+    first. The folder of a live process is locked, on whichever machine it runs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f".{escape(name)}.*.part"):
+        _remove_unlocked(left)
+    made, lock = _locked_folder(folder, name)
+    try:
+        yield made
+    finally:
+        lock.release()
+        rmtree(made, ignore_errors=True)
+
+
+def _locked_folder(folder: Path, name: str) -> tuple[Path, FileLock]:
+    while True:
+        made = Path(mkdtemp(dir=folder, prefix=f".{name}.", suffix=".part"))
+        lock = FileLock(made / _LOCK)
+        with suppress(OSError):  # it is gone: taken for one that nobody has locked
+            lock.acquire()
+            if (made / _LOCK).exists():
+                return made, lock
+
+
+def _remove_unlocked(folder: Path) -> None:
+    """Remove a folder of `scratch` whose process has ended."""
+    with suppress(OSError, Timeout):  # gone since, or of a live process
+        seen = folder.lstat()
+        mine = S_ISDIR(seen.st_mode) and seen.st_uid == os.getuid()  # a link may be planted
+        if mine and (folder / _LOCK).exists():
+            with FileLock(folder / _LOCK, timeout=0):
+                rmtree(folder, ignore_errors=True)
 
 
 def file_sha256(path: Path) -> str:

@@ -170,10 +170,18 @@ def test_the_cells_go_by_tier_then_seed(grid):
         ("limit: {arc_challenge: 3}", "dtype: int8", "no dtype 'int8'"),
         ("limit: {arc_challenge: 3}", "order: 4", "order"),
         ("limit: {arc_challenge: 3}", "seed: 1", "second evaluates .* another seed or dtype"),
-        ("learning_rate: 1.0e-3", "learning_rate: 2e-4", "learning_rate: Input should be a valid number.* 2.0e-4"),
+        (
+            "learning_rate: 1.0e-3",
+            "learning_rate: 2e-4",
+            "learning_rate: Input should be a valid number.* 2.0e-4",
+        ),
         ("steps: 2", "steps: '2'", "steps: Input should be a valid integer"),
         ("seeds: [1, 2]", "seeds: [1, 2", "no grid of experiments"),
-        ("    seeds: [1, 2]", "    seeds: [1, 2]\n    fingerprnt: true", "first.fingerprnt: Unexpected"),
+        (
+            "    seeds: [1, 2]",
+            "    seeds: [1, 2]\n    fingerprnt: true",
+            "first.fingerprnt: Unexpected",
+        ),
     ],
 )
 def test_a_grid_with_a_mistake_is_refused(grid, old, new, message):

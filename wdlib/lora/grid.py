@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
@@ -329,8 +328,8 @@ def _fingerprint(
         update = json.dumps(_update(model))
         model = model.merge_and_unload()
     known = catalogue_model(run.model)
-    with TemporaryDirectory(dir=folder) as scratch:
-        merged = Path(scratch) / "merged"
+    with paths.scratch(folder, "merged") as scratch:
+        merged = scratch / "merged"
         model.config.save_pretrained(merged)
         save_model(model, str(merged / "model.safetensors"))
         found = record.compute(merged, family=known.family if known else "")

@@ -199,10 +199,10 @@ def _check_whole(checkpoint: Checkpoint, loaded: "PreTrainedModel", told: dict[s
     predictors = getattr(loaded.config, "num_nextn_predict_layers", None) or 0
     wrong = [*sorted(told["missing_keys"]), *(str(key) for key in told["mismatched_keys"])]
     if wrong or len(dropped) > predictors:
-        what = f"holds another {wrong[0]}, or none," if wrong else f"has a layer {max(dropped)} more"
+        what = f"no {wrong[0]} of the shape" if wrong else f"a layer {max(dropped)} beyond those"
         raise WdlibError(
-            f"{checkpoint.name} {what} than its config.json says: the configuration is another "
-            "model's, or the weights are incomplete; download both again."
+            f"{checkpoint.name} has {what} that its configuration says: that is another model's, "
+            "or the weights are incomplete; download both again"
         )
 
 
