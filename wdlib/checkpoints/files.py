@@ -255,8 +255,8 @@ def _shard_names(index: Path | RemoteFile, content: bytes | bytearray) -> list[s
     what, remedy = f"{index} is corrupt", "download it again"
     found = paths.parse_json(content, _Index, what=what, remedy=remedy, others="ignore")
     names = sorted(set(found.weight_map.values()))
-    if any(name != Path(name).name or len(name.encode()) > 255 for name in names):
-        raise WdlibError(f"{index} is corrupt (it names files elsewhere): download it again.")
+    if not names or any(n != Path(n).name or len(n.encode()) > 255 for n in names):
+        raise WdlibError(f"{index} is corrupt (it names no files, or files elsewhere): {remedy}.")
     return names
 
 

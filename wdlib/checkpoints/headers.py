@@ -216,7 +216,8 @@ def gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
         try:
             tensors, fields = cursor.scalar("Q"), cursor.scalar("Q")
-            metadata = {cursor.name(): cursor.value(cursor.scalar("I")) for _ in range(fields)}
+            rows = [(cursor.name(), cursor.value(cursor.scalar("I"))) for _ in range(fields)]
+            metadata = _once(rows)
             table = [_gguf_tensor(cursor, path) for _ in range(tensors)]
         except (struct.error, ValueError, KeyError, OverflowError, RecursionError) as error:
             raise WdlibError(
