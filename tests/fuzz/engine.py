@@ -136,8 +136,11 @@ def _work(kind: Kind, folder: Path, cases: range, pipe: int) -> None:
     signal.signal(signal.SIGPROF, _overtime)
     for number in cases:
         path.write_bytes(changed(kind, original, number))
-        with _limits():
-            outcome, detail = _outcome(kind, path, truth)
+        try:
+            with _limits():
+                outcome, detail = _outcome(kind, path, truth)
+        except Overtime:  # while another error was being told
+            outcome, detail = FAILED, "Overtime"
         detail = " ".join(detail.split())[:300]
         os.write(pipe, f"{outcome}\t{detail}\n".encode("utf-8", "replace"))
 
