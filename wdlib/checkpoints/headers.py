@@ -45,7 +45,15 @@ def read_headers(checkpoint: Checkpoint) -> tuple[Geometry, dict[str, Tensor]]:
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
         tables = list(pool.map(safetensors_header, checkpoint.files))
     geometry = _geometry_of_config(config_file(checkpoint))
-    return geometry, {k: t for table in tables for k, t in table.items()}
+    joined: dict[str, Tensor] = {}
+    for table in tables:
+        if twice := joined.keys() & table.keys():
+            raise WdlibError(
+                f"The files of {checkpoint.name} hold {min(twice)} twice: they are of two models, "
+                "or one is out of place; download them again."
+            )
+        joined |= table
+    return geometry, joined
 
 
 def _geometry_of_config(file: Path | RemoteFile | None) -> Geometry:
