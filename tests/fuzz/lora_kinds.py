@@ -26,7 +26,7 @@ from wdlib.lora.scores import Evaluation, Scores
 
 RUN = Run(seed=7)
 HYPERPARAMETERS = {
-    f.name: [str] if f.name == "targets" else type(f.default) for f in fields(Hyperparameters)
+    f.name: [str] if f.name == "targets" else f.type for f in fields(Hyperparameters)
 }
 SETTINGS = {
     "model": str,

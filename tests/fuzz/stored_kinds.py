@@ -214,8 +214,8 @@ def library_fingerprint(path: Path) -> Any:
             raise ValueError("singular values")
         if len(array) != len(moments[t]) or not np.isfinite(np.array(moments[t])).all():
             raise ValueError("moments")
-        for (n, _, _), (_, _, squares) in zip(raw[t], moments[t], strict=True):
-            if type(n) is not int or n < 1 or squares < 0:
+        for (n, _, _), (_, mean, squares) in zip(raw[t], moments[t], strict=True):
+            if type(n) is not int or not 1 <= n < 2**63 or not 0 <= squares < 1e150 > abs(mean):
                 raise ValueError("moments")
     if not np.isfinite(centres).all() or not centres.size:
         raise ValueError("centres")
@@ -397,7 +397,7 @@ def library_notebook(path: Path) -> Any:
     declared = {}
     for line in check(cell.source, str).split("\n"):
         name, _, rest = line.partition(":")
-        if line.strip() and not line.startswith("#"):
+        if rest and not line.startswith("#"):
             declared[name] = ANNOTATIONS[rest.partition("=")[0].strip()]
     return declared
 

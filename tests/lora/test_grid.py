@@ -177,6 +177,7 @@ def test_the_cells_go_by_tier_then_seed(grid):
         ),
         ("steps: 2", "steps: '2'", "steps: Input should be a valid integer"),
         ("seeds: [1, 2]", "seeds: [1, 2", "no grid of experiments"),
+        ("first:", "on:", "a tier's name as true: put it in quotes"),
         (
             "    seeds: [1, 2]",
             "    seeds: [1, 2]\n    fingerprnt: true",

@@ -3,7 +3,6 @@
 import json
 import logging
 from dataclasses import astuple, dataclass, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,9 @@ RANK = 16
 """Singular values that a fingerprint holds of each matrix, as in the papers."""
 
 _log = logging.getLogger(__name__)
+
+_LARGEST = 1e150
+"""Larger means and sums of squares overflow where they are pooled."""
 
 DIGITS = 7
 """Significant digits of the stored singular values, which are proven to 1e-5 or better."""
@@ -300,8 +302,10 @@ class _Stored:
         if {t: len(m) for t, m in moments.items()} != {t: len(v) for t, v in values.items()}:
             raise ValueError("moments and singular values are not of the same matrices")
         every = [m for of_type in moments.values() for m in of_type]
-        if any(m.n < 1 or not (m.squares >= 0 and isfinite(m.mean + m.squares)) for m in every):
+        if any(not (1 <= m.n < 2**63 and m.squares >= 0 and abs(m.mean) < _LARGEST) for m in every):
             raise ValueError("the moments are those of no values")
+        if not all(m.squares < _LARGEST for m in every):
+            raise ValueError("the values are larger than any weights")
         rank = next(iter(values.values())).shape[1]
         if centres.shape[1:] != (rank,) or not np.isfinite(centres).all():
             raise ValueError("the centres of the clusters are none of its vectors")

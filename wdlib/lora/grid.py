@@ -82,9 +82,11 @@ def cells(path: str | Path = GRID) -> tuple[Cell, ...]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         # A few lines can repeat parts without end: what is cut off here is no whole JSON.
-        pieces = json.JSONEncoder().iterencode(yaml.safe_load(text))
-        content = "".join(islice(pieces, _PIECES))
-        grid = paths.parse_json(content, _Grid, what=what, remedy=remedy)
+        given = yaml.safe_load(text)
+        pieces = islice(json.JSONEncoder().iterencode(given), _PIECES)
+        grid = paths.parse_json("".join(pieces), _Grid, what=what, remedy=remedy)
+        if strange := [name for name in grid.tiers if name not in given["tiers"]]:
+            raise ValueError(f"YAML reads a tier's name as {strange[0]}: put it in quotes")
         found = tuple(_expand(grid))
         _check_protocols(found)
     except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
