@@ -1,7 +1,8 @@
 # One line each, no logic: set-up is .ci/setup, everything else the `wdlib` command.
-.PHONY: figures test lab notebooks experiments workflow test-cluster bench bench-gpu setup fetch lint
+.PHONY: figures test fuzz lab notebooks experiments workflow test-cluster bench bench-gpu setup fetch lint
 figures: fetch; @.venv/bin/wdlib figures
 test: lint fetch; .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax notebooks tests
+fuzz: setup; @OMP_NUM_THREADS=1 PYTHONPATH=tests .venv/bin/python -m fuzz
 lab: fetch; .venv/bin/jupyter lab notebooks
 notebooks: fetch; @.venv/bin/wdlib refresh
 experiments: setup; @.venv/bin/wdlib experiments $(OPTIONS)

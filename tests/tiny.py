@@ -569,5 +569,6 @@ def scores(
     items, orders, width = loglikelihood.shape
     shown = np.arange(width, dtype=np.int8)[None] if orders == 1 else option_orders(orders)
     lengths = np.full((items, width), 3) if characters is None else np.array(characters)
+    lengths, right = lengths.astype(np.int32), np.array(gold, np.int8)
     names = np.arange(items, dtype=np.uint32)
-    return Scores(loglikelihood.astype(np.float32), shown, np.array(gold), lengths, names)
+    return Scores(loglikelihood.astype(np.float32), shown, right, lengths, names)

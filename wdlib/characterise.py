@@ -28,7 +28,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations_with_replacement
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.special import log_ndtr
@@ -221,16 +220,6 @@ class Characterisation:
     def to_json(self) -> str:
         """As text, to be read back by `load`."""
         return json.dumps(asdict(self), indent=1) + "\n"
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "Characterisation":
-        """From what `to_json` writes, parsed."""
-        groups = tuple(Group(g["referenced"], tuple(g["members"])) for g in content["groups"])
-        pairs = tuple(
-            Pair(tuple(p["types"]), Verdict(**p["verdict"]), p["alpha"], p["xmin"])
-            for p in content["pairs"]
-        )
-        return cls(**{**content, "groups": groups, "pairs": pairs})
 
 
 def characterise(
@@ -428,6 +417,4 @@ def save(characterisation: Characterisation, path: str | Path) -> Path:
 def load(path: str | Path) -> Characterisation:
     """Read what `save` wrote. Raises WdlibError, naming the file, where that fails."""
     remedy = "write it anew with `wdlib characterise`"
-    return paths.read_json(
-        path, Characterisation.from_dict, what="a characterisation", remedy=remedy
-    )
+    return paths.read_json(path, Characterisation, what="a characterisation", remedy=remedy)

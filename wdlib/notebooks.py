@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
+_NO_PYTHON = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)
+"""What `ast` raises for texts that are no Python, or nest too deeply."""
+
 _INJECTED = "injected-parameters"
 """papermill's tag of the cell with the parameters that were given."""
 
@@ -57,9 +60,9 @@ def declared_parameters(notebook: str | Path) -> dict[str, Any]:
     name = Path(notebook).name
     try:
         body = ast.parse(tagged[0].source).body
-    except SyntaxError as error:
+    except _NO_PYTHON as error:
         raise WdlibError(
-            f"the parameters cell of {name} is not plain Python (line {error.lineno}): keep magics "
+            f"the parameters cell of {name} is not plain Python ({first_line(error)}): keep magics "
             "and commands in other cells"
         ) from error
     declared = {}
@@ -74,9 +77,15 @@ def declared_parameters(notebook: str | Path) -> dict[str, Any]:
     return declared
 
 
+_NODES = {"Module", "Expr", "Name", "Load", "Subscript", "Tuple", "Constant", "BinOp", "BitOr"}
+"""The parts of an annotation that only names a type, and runs nothing."""
+
+
 def _type(annotation: str, parameter: str, notebook: str) -> Any:
     """The type that an annotation names, of the built-in ones and those of `typing`."""
     try:
+        if strange := {type(node).__name__ for node in ast.walk(ast.parse(annotation))} - _NODES:
+            raise ValueError(f"it has a {strange.pop()}")
         return eval(annotation, {**vars(typing), **vars(builtins)})
     except Exception as error:  # whatever a stranger's annotation does
         raise WdlibError(
@@ -328,7 +337,7 @@ def _value(text: str, annotation: Any) -> Any:
         return text
     try:
         return ast.literal_eval(text.title() if text.lower() in ("true", "false", "none") else text)
-    except (SyntaxError, ValueError):
+    except _NO_PYTHON:
         return text
 
 
@@ -377,8 +386,8 @@ def _record(notebook: Path) -> Path:
 
 def _recorded(notebook: Path) -> dict | None:
     try:
-        return json.loads(_record(notebook).read_text())
-    except (OSError, ValueError):
+        return paths.read_json(_record(notebook), dict[str, Any], what="a record", remedy="")
+    except WdlibError:
         return None
 
 
@@ -414,11 +423,13 @@ def _read(notebook: str | Path) -> "NotebookNode":
     import nbformat
 
     try:
-        return nbformat.read(notebook, as_version=4)
+        found = nbformat.read(notebook, as_version=4)
+        nbformat.validate(found)
     except FileNotFoundError:
         raise WdlibError(f"there is no notebook {notebook}") from None
-    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError):
-        raise WdlibError(f"{notebook} is not a Jupyter notebook") from None
+    except Exception as error:  # whatever damage makes the library raise
+        raise WdlibError(f"{notebook} is not a Jupyter notebook") from error
+    return found
 
 
 def _write_notebook(notebook: "NotebookNode", path: Path) -> None:

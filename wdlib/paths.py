@@ -9,13 +9,23 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache, partial
+from glob import escape
+from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from shutil import rmtree
+from stat import S_ISDIR, S_ISREG
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from filelock import FileLock, Timeout
 
 from wdlib import WdlibError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -27,7 +37,15 @@ CACHE = Path(os.environ.get("WDLIB_CACHE", DATA / "cache")).expanduser().absolut
 FIGURES = Path(os.environ.get("WDLIB_FIGURES", ROOT / "figures")).expanduser().absolute()
 STYLE = ROOT / "wdlib" / "wdlib.mplstyle"
 
+TEXT_BYTES = 2**28
+"""Larger files, unpacked, are no texts of this project, nor data that it is made for."""
+
+_LOCK = ".lock"
+"""In a folder of `scratch`, locked as long as its process lives."""
+
 _T = TypeVar("_T")
+Others = Literal["forbid", "ignore"]
+"""What becomes of names in a JSON object that its type lacks: refused, or left out."""
 
 
 @contextmanager
@@ -36,10 +54,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Makes the folder. A reader of `path` sees the file that was there before or the new one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A folder of this process alone: nobody can have planted a link where the file is written.
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".part") as folder:
-        part = Path(folder) / path.name
+    # In a folder of this process alone, nobody can have planted a link where the file is written.
+    with scratch(path.parent, path.name) as folder:
+        part = folder / path.name
         try:
             yield part
             os.replace(part, path)
@@ -47,6 +64,44 @@ def atomic_write(path: Path) -> Iterator[Path]:
             if error.filename is None and error.errno:  # a full disk says no name
                 raise OSError(error.errno, error.strerror, str(path)) from error
             raise
+
+
+@contextmanager
+def scratch(folder: Path, name: str) -> Iterator[Path]:
+    """An empty folder of this process alone inside `folder`, which is made; removed at the end.
+
+    name: of the work. What killed processes of the same user left of work of this name is removed
+    first. The folder of a live process is locked, on whichever machine it runs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f".{escape(name)}.*.part"):
+        _remove_unlocked(left)
+    made, lock = _locked_folder(folder, name)
+    try:
+        yield made
+    finally:
+        lock.release()
+        rmtree(made, ignore_errors=True)
+
+
+def _locked_folder(folder: Path, name: str) -> tuple[Path, FileLock]:
+    while True:
+        made = Path(mkdtemp(dir=folder, prefix=f".{name}.", suffix=".part"))
+        lock = FileLock(made / _LOCK)
+        with suppress(OSError):  # it is gone: taken for one that nobody has locked
+            lock.acquire()
+            if (made / _LOCK).exists():
+                return made, lock
+
+
+def _remove_unlocked(folder: Path) -> None:
+    """Remove a folder of `scratch` whose process has ended."""
+    with suppress(OSError, Timeout):  # gone since, or of a live process
+        seen = folder.lstat()
+        mine = S_ISDIR(seen.st_mode) and seen.st_uid == os.getuid()  # a link may be planted
+        if mine and (folder / _LOCK).exists():
+            with FileLock(folder / _LOCK, timeout=0):
+                rmtree(folder, ignore_errors=True)
 
 
 def file_sha256(path: Path) -> str:
@@ -68,9 +123,11 @@ def mark_whole(folder: Path) -> None:
 
 def is_whole(folder: Path) -> bool:
     """Whether a folder was written to its end and all of its files are as they were then."""
-    if not (folder / _WHOLE).is_file():
+    try:
+        mark = (folder / _WHOLE).read_bytes() or b"{}"  # of an earlier version
+        held = parse_json(mark, dict[str, str], what="no mark", remedy="")
+    except (OSError, WdlibError):
         return False
-    held = json.loads((folder / _WHOLE).read_text(encoding="utf-8") or "{}")
     found = {folder / name: sha256 for name, sha256 in held.items()}
     return all(p.is_file() and file_sha256(p) == sha256 for p, sha256 in found.items())
 
@@ -91,17 +148,83 @@ def json_lines(path: Path) -> list[Any]:
     """
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8-sig") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+        pieces = iter(partial(lines.read, 2**20), "")
+        text = "".join(islice(pieces, TEXT_BYTES // 2**20))
+        if next(pieces, ""):
+            raise ValueError(f"it has more than {TEXT_BYTES} characters")
+    try:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except RecursionError as error:
+        raise ValueError("it nests too deeply") from error
 
 
-def read_json(path: str | Path, parse: Callable[[Any], _T], *, what: str, remedy: str) -> _T:
-    """What `parse` makes of the content of a JSON file.
+def read_json(
+    path: str | Path, kind: type[_T], *, what: str, remedy: str, others: Others = "forbid"
+) -> _T:
+    """The content of a JSON file, as `parse_json` reads it.
 
-    Raises: WdlibError, naming the file, what it should be and the remedy, where the file cannot be
-    read or `parse` cannot use it.
+    Raises: WdlibError as `parse_json` does, and where the file cannot be read.
     """
     try:
-        return parse(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, WdlibError) as error:
-        reason = error if isinstance(error, OSError | WdlibError) else repr(error)
-        raise WdlibError(f"{path} does not hold {what} ({reason}): {remedy}") from error
+        seen = os.stat(path)
+        if not S_ISREG(seen.st_mode) or seen.st_size > TEXT_BYTES:
+            raise OSError(f"it is no file of up to {TEXT_BYTES} bytes")
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise WdlibError(f"{path} does not hold {what} ({error}): {remedy}") from error
+    return parse_json(
+        content, kind, what=f"{path} does not hold {what}", remedy=remedy, others=others
+    )
+
+
+def parse_json(
+    content: str | bytes | bytearray,
+    kind: type[_T],
+    *,
+    what: str,
+    remedy: str,
+    others: Others = "forbid",
+) -> _T:
+    """JSON that comes from anywhere, as a value of a type: dataclasses, tuples, typed dictionaries.
+
+    Types are strict: a number in quotes is a text, 1.0 is no integer and a truth value no number.
+
+    Arguments: what, the sentence for what is no such JSON, without its end; remedy, what to do.
+    Raises: WdlibError made of the two and the reason, also where the type itself refuses its fields
+    with one.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(cast(Any, kind)).validate_json(content, strict=True, extra=others)
+    except (ValidationError, WdlibError) as error:
+        raise WdlibError(f"{what} ({_reason(error)}): {remedy}") from error
+
+
+def of_type(value: Any, kind: type[_T]) -> _T:
+    """A value made of lists, dictionaries, texts and numbers, of a strict type, as in `parse_json`.
+
+    Raises: ValueError with the place in the value and the reason.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(cast(Any, kind)).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise ValueError(_reason(error)) from None
+
+
+@cache
+def _adapter(kind: Any) -> "TypeAdapter[Any]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _reason(error: "ValidationError | WdlibError") -> str:
+    """The first of pydantic's reasons, with the place that it is about."""
+    if isinstance(error, WdlibError):
+        return str(error)
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part)[:40] for part in first["loc"])
+    return f"{place}: {first['msg']}" if place else first["msg"]

@@ -49,6 +49,14 @@ class Provenance:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """The finished cells of a table that is not whole yet: the rows of each, by its name."""
+
+    made: Provenance
+    cells: dict[str, list[dict[str, Any]]]
+
+
 def of(
     script: str,
     parameters: Mapping[str, Any],
@@ -94,14 +102,14 @@ def write_by_cell(
     goes on after them; where script, parameters, versions or inputs have changed, it begins anew.
     """
     kept = paths.CACHE / "tables" / f"{path.stem}.json"
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     if kept.is_file():
         remedy = "remove it; its cells are computed again"
-        before = paths.read_json(kept, dict, what="the finished cells of a table", remedy=remedy)
-        found = before["cells"] if before["made"] == asdict(made) else {}
+        before = paths.read_json(kept, _Kept, what="the finished cells of a table", remedy=remedy)
+        found = before.cells if before.made == made else {}
     for cell in tqdm(cells, unit="cell"):
         if (key := json.dumps(cell)) not in found:
-            found[key] = list(rows_of(*cell))
+            found[key] = [dict(row) for row in rows_of(*cell)]
             paths.write_text(kept, json.dumps({"made": asdict(made), "cells": found}))
     write([row for cell in cells for row in found[json.dumps(cell)]], path, made)
     kept.unlink(missing_ok=True)
@@ -120,9 +128,7 @@ def save(made: Provenance, path: Path) -> None:
 def load(path: Path) -> Provenance:
     """The record of the table at `path`. Raises WdlibError, naming the file, where that fails."""
     remedy = "make the table anew (docs/scale.md)"
-    return paths.read_json(
-        record_file(path), lambda content: Provenance(**content), what="a record", remedy=remedy
-    )
+    return paths.read_json(record_file(path), Provenance, what="a record", remedy=remedy)
 
 
 def tables() -> list[Path]:

@@ -94,14 +94,23 @@ def edit(name: str, **fields):
             edit(DOWN, data_offsets=[10**9, 10**9 + 6144]),
             f"truncated: the tensor {re.escape(DOWN)}",
         ),
-        (edit(DOWN, dtype="F8_E4M3"), f"corrupt: the tensor {re.escape(DOWN)} .* has 6144 bytes"),
-        (edit(DOWN, dtype="X7"), f"{re.escape(DOWN)} .* is stored as X7"),
+        (edit(DOWN, dtype="F8_E4M3"), "header of .* is corrupt"),
+        (edit(DOWN, dtype="X7"), "header of .* is corrupt .*X7"),
+        (edit(DOWN, dtype=7), "header of .* is corrupt"),
+        (edit(DOWN, shape=["32", "48"]), "header of .* is corrupt"),
+        (edit(DOWN, shape=[32.0, 48.0]), "header of .* is corrupt"),
         (edit(DOWN, dtype="I32"), f"{re.escape(DOWN)} .* is stored as I32, quantised by a tool"),
     ],
 )
 def test_damaged_safetensors_headers(llama, change, message):
     change_header(llama / "model.safetensors", change)
     with pytest.raises(WdlibError, match=message):
+        stream.projections(llama)
+
+
+def test_a_type_that_is_no_float_is_named(llama):
+    tiny.rewrite(llama, lambda tensors: tensors | {DOWN: tensors[DOWN].astype(np.uint8)})
+    with pytest.raises(WdlibError, match=rf"{re.escape(DOWN)} .* is stored as U8"):
         stream.projections(llama)
 
 

@@ -104,6 +104,35 @@ def test_an_index_names_files_of_its_own_folder_alone(tmp_path):
         files.shards(index)
 
 
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    folder = tiny.write_llama(tmp_path / "toy")
+    first = (folder / "model.safetensors").rename(folder / "first.safetensors")
+    (folder / "other.safetensors").write_bytes(first.read_bytes())
+    weight_map = {"a": first.name, "b": "other.safetensors"}
+    (folder / files.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(WdlibError, match=r"files of toy hold model\.\S+ twice"):
+        inventory(folder)
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[" * 10**5])
+def test_an_index_that_names_no_files_is_refused(content, tmp_path):
+    (tmp_path / files.INDEX).write_text(content)
+    with pytest.raises(WdlibError, match=r"index\.json is corrupt"):
+        files.resolve(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"num_attention_heads": "4"}, {"num_hidden_layers": 2.0}, {"num_hidden_layers": -2},
+     {"num_attention_heads": 0}, {"model_type": ["llama"]}, {"num_key_value_heads": True}],
+)  # fmt: skip
+def test_a_configuration_of_other_types_is_refused(given, tmp_path):
+    folder = tiny.write_llama(tmp_path / "toy")
+    configure(folder, **given)
+    with pytest.raises(WdlibError, match=r"config\.json is damaged"):
+        inventory(folder)
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     import os
 

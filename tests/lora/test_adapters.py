@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_lora import GROUPS, RANK, SMALL, distance, logits, reshaped, stock, train
 
 from wdlib import WdlibError
 from wdlib.lora import initialisation
-from wdlib.lora.adapters import export, lora_layers
+from wdlib.lora.adapters import export, load, lora_layers
 
 # peft 0.21 asks transformers 5 for an attribute that was renamed; `attach` keeps that to itself.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -107,6 +108,28 @@ def test_an_export_replaces_the_one_before(llama, untouched, batch, tmp_path):
     export(peft_model, tmp_path)
     again = PeftModel.from_pretrained(copy.deepcopy(untouched), tmp_path)
     assert torch.equal(logits(again, batch), logits(peft_model, batch))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_damaged_adapter_is_refused(name, untouched, tmp_path):
+    export(reshaped(copy.deepcopy(untouched), "preserved")[0], tmp_path)
+    assert lora_layers(load(copy.deepcopy(untouched), tmp_path))
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:50])
+    with pytest.raises(WdlibError, match="peft cannot load the adapter"):
+        load(copy.deepcopy(untouched), tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(WdlibError, match=f"lacks {name}"):
+        load(untouched, tmp_path)
+
+
+def test_an_adapter_that_lacks_matrices_is_refused(untouched, tmp_path):
+    export(reshaped(copy.deepcopy(untouched), "preserved")[0], tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors[next(iter(tensors))]
+    save_file(tensors, path)
+    with pytest.raises(WdlibError, match="missing adapter keys"):
+        load(copy.deepcopy(untouched), tmp_path)
 
 
 def test_export_refuses(llama, tmp_path):

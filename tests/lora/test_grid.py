@@ -164,18 +164,27 @@ def test_the_cells_go_by_tier_then_seed(grid):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("tiers:", "teirs:", "no grid of experiments: 'tiers'"),
-        ("init: untrained", "innit: untrained", "no setting 'innit'"),
+        ("tiers:", "teirs:", r"no grid of experiments \(tiers: Field required"),
+        ("init: untrained", "innit: untrained", "innit: Unexpected"),
         ("init: untrained", "init: untrainde", "no initialisation 'untrainde'"),
         ("tasks: [arc_challenge]", "tasks: [arc]", "no benchmark 'arc'"),
         ("limit: {arc_challenge: 3}", "orders: 5", "5 orders of 4 options are not balanced"),
         ("limit: {arc_challenge: 3}", "dtype: int8", "no dtype 'int8'"),
         ("limit: {arc_challenge: 3}", "order: 4", "order"),
         ("limit: {arc_challenge: 3}", "seed: 1", "second evaluates .* another seed or dtype"),
-        ("learning_rate: 1.0e-3", "learning_rate: 2e-4", "learning_rate must be .* 2.0e-4"),
-        ("steps: 2", "steps: '2'", "steps must be of type int, not '2'"),
+        (
+            "learning_rate: 1.0e-3",
+            "learning_rate: 2e-4",
+            "learning_rate: Input should be a valid number.* 2.0e-4",
+        ),
+        ("steps: 2", "steps: '2'", "steps: Input should be a valid integer"),
         ("seeds: [1, 2]", "seeds: [1, 2", "no grid of experiments"),
-        ("    seeds: [1, 2]", "    seeds: [1, 2]\n    fingerprnt: true", "first has 'fingerprnt'"),
+        ("first:", "on:", "a tier's name as true: put it in quotes"),
+        (
+            "    seeds: [1, 2]",
+            "    seeds: [1, 2]\n    fingerprnt: true",
+            "first.fingerprnt: Unexpected",
+        ),
     ],
 )
 def test_a_grid_with_a_mistake_is_refused(grid, old, new, message):

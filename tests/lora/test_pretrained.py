@@ -302,6 +302,30 @@ def test_a_configuration_that_names_other_weights_is_refused(small):
         pretrained.load(small)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_hidden_layers": 2}, r"no model\.layers\.1\S+ of the shape"),
+        ({"num_hidden_layers": 0}, r"a layer 0 beyond those"),
+        ({"intermediate_size": 100}, r"cannot load tiny"),
+        ({"num_hidden_layers": "1"}, r"cannot load tiny"),
+    ],
+)
+def test_weights_of_another_configuration_are_refused(given, message, small):
+    """transformers fills what is missing with random numbers, and drops layers too many."""
+    path = small / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | given))
+    with pytest.raises(WdlibError, match=message):
+        pretrained.load(small)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_damaged_file_is_refused_in_a_sentence(name, small):
+    (small / name).write_bytes((small / name).read_bytes()[:100])
+    with pytest.raises(WdlibError):
+        pretrained.load(small)
+
+
 def test_an_encoder_is_refused(small):
     (small / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(WdlibError, match="cannot load tiny as a causal language model"):

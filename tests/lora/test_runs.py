@@ -15,7 +15,7 @@ def test_a_run_survives_json():
     run = Run(init="literal", reference=REFERENCE, hyperparameters=Hyperparameters(rank=4))
     assert Run.from_dict(json.loads(run.to_json())) == run
     assert Run.from_dict({}) == Run()
-    with pytest.raises(WdlibError, match="no setting 'leraning_rate'"):
+    with pytest.raises(WdlibError, match="hyperparameters.leraning_rate: Unexpected"):
         Run.from_dict({"hyperparameters": {"leraning_rate": 1.0}})
 
 

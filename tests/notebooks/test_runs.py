@@ -209,3 +209,23 @@ def test_a_notebook_that_was_given_parameters_is_the_same_each_time():
     one, two = (notebooks.normalise(nbformat.v4.new_notebook(cells=[cell])) for cell in given)
     assert one == two
     nbformat.validate(one)
+
+
+@pytest.mark.parametrize(
+    "annotation", ["__import__('os').mkdir('made')", "9**9**9**9", "(lambda: int)()", "int.real"]
+)
+def test_a_type_is_not_executed(annotation, tmp_path, write_notebook, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notebook = write_notebook(tmp_path / "n.ipynb", parameters=f"rank: {annotation} = 16\n")
+    with pytest.raises(WdlibError, match=r"the type .* of the parameter 'rank' .* not known here"):
+        notebooks.declared_parameters(notebook)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"[" * 100_000, b'{"cells": 1, "nbformat": 4, "nbformat_minor": 5}']
+)
+def test_what_is_no_notebook_is_a_sentence(content, tmp_path):
+    (tmp_path / "n.ipynb").write_bytes(content)
+    with pytest.raises(WdlibError, match=r"n\.ipynb is not a Jupyter notebook"):
+        notebooks.declared_parameters(tmp_path / "n.ipynb")

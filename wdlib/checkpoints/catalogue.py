@@ -1,11 +1,12 @@
 """The models that are known by name, and where their weights come from (data/models.toml)."""
 
+import json
 import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from wdlib import WdlibError, paths
+from wdlib import WdlibError, first_line, paths
 
 DEFAULT = "smollm2-135m-instruct"
 """The model that everything runs on unless another is named."""
@@ -29,7 +30,7 @@ class Source:
     A hub source has none of these fields: what it gives is in the model's `hub_id`.
     """
 
-    kind: str
+    kind: str = "wheel"
     packages: tuple[Package, ...] = ()
     file: str = ""
     sha256: str = ""
@@ -57,18 +58,31 @@ def models() -> dict[str, Model]:
             f"{paths.CATALOGUE} is not there: wdlib runs from a checkout of its project, which "
             "`pip install -e .` installs."
         )
-    with paths.CATALOGUE.open("rb") as file:
-        rows = tomllib.load(file)
-    return {name: _model(name, row) for name, row in rows.items()}
+    what, remedy = f"{paths.CATALOGUE} is no catalogue of models", "correct it"
+    try:
+        text = json.dumps(tomllib.loads(paths.CATALOGUE.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise WdlibError(f"{what} ({first_line(error)}): {remedy}") from error
+    rows = paths.parse_json(text, dict[str, _Row], what=what, remedy=remedy)
+    return {
+        name: Model(name, r.hub_id, r.family, r.license, r.gated, (*r.wheels, Source("hub")))
+        for name, r in rows.items()
+    }
 
 
-def _model(name: str, row: dict) -> Model:
-    wheels = tuple(
-        Source("wheel", **(wheel | {"packages": tuple(Package(**p) for p in wheel["packages"])}))
-        for wheel in row.get("wheels", [])
-    )
-    fields = {key: row[key] for key in ("hub_id", "family", "license", "gated")}
-    return Model(name, **fields, sources=(*wheels, Source("hub")))
+@dataclass(frozen=True)
+class _Row:
+    """A table of the catalogue's file."""
+
+    hub_id: str
+    family: str
+    license: str
+    gated: bool
+    wheels: tuple[Source, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not all(wheel.packages and wheel.kind == "wheel" for wheel in self.wheels):
+            raise ValueError("wheels without packages")
 
 
 def catalogue_model(model: str | Path) -> Model | None:

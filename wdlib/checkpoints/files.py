@@ -66,9 +66,9 @@ def resolve(model: str | Path | Checkpoint) -> Checkpoint:
             return _from_wheels(row)
         return _from_hub(row.hub_id, row.name)
     path = _expanded(model)
-    if model and path.is_dir():
+    if model and os.path.isdir(path):  # which is false for names that no file can have
         return _of_folder(path)
-    if model and path.is_file():  # never a pipe, which would be waited for
+    if model and os.path.isfile(path):  # never a pipe, which would be waited for
         return _of_file(path)
     if isinstance(model, str) and _HUB_ID.fullmatch(model) and path.suffix not in listing.FORMATS:
         return _from_hub(model, model.rsplit("/", 1)[-1])
@@ -83,7 +83,7 @@ def resolve(model: str | Path | Checkpoint) -> Checkpoint:
 def _expanded(model: str | Path) -> Path:
     try:
         return Path(model).expanduser()
-    except RuntimeError as error:  # "~nobody" names no home
+    except (RuntimeError, ValueError) as error:  # "~nobody" names no home
         raise WdlibError(
             f"{model} names no folder ({first_line(error)}): give its path."
         ) from error

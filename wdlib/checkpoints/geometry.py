@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wdlib import WdlibError
+from wdlib import WdlibError, paths
 from wdlib.checkpoints import lexicon
 
 
@@ -78,13 +78,8 @@ class Configuration:
 
 def parse(content: bytes | bytearray, where: str) -> Configuration:
     """The content of a config.json. Raises WdlibError for what is none."""
-    try:
-        fields = json.loads(content)
-        if not isinstance(fields, dict):
-            raise ValueError(f"it is a {type(fields).__name__}")
-    except ValueError as error:
-        raise WdlibError(f"{where} is not a model's configuration ({error}).") from error
-    return Configuration(fields, where)
+    what, remedy = f"{where} is not a model's configuration", "download it again"
+    return Configuration(paths.parse_json(content, dict[str, Any], what=what, remedy=remedy), where)
 
 
 _PARTS = {

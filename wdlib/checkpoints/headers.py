@@ -10,7 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from wdlib import WdlibError
+from safetensors import SafetensorError, safe_open
+
+from wdlib import WdlibError, first_line
 from wdlib.checkpoints import companions
 from wdlib.checkpoints.files import Checkpoint, config_file
 from wdlib.checkpoints.formats import VALUE_BYTES, Tensor
@@ -39,8 +41,15 @@ def read_headers(checkpoint: Checkpoint) -> tuple[Configuration, dict[str, Tenso
     if file is not None:
         content = file.content() if isinstance(file, RemoteFile) else file.read_bytes()
         found = parse(content, str(file))
-    tensors = {k: t for table in tables for k, t in table.items()}
-    return found, companions.of_safetensors(tensors, found.quantisation)
+    joined: dict[str, Tensor] = {}
+    for table in tables:
+        if twice := joined.keys() & table.keys():
+            raise WdlibError(
+                f"The files of {checkpoint.name} hold {min(twice)} twice: they are of two models, "
+                "or one is out of place; download them again."
+            )
+        joined |= table
+    return found, companions.of_safetensors(joined, found.quantisation)
 
 
 def _read_gguf(paths: list[Path]) -> tuple[Configuration, dict[str, Tensor]]:
@@ -82,11 +91,19 @@ def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
             if name == "__metadata__":
                 continue
             begin, end = item["data_offsets"]
-            shape = tuple(int(n) for n in item["shape"])
+            shape, dtype = tuple(item["shape"]), item["dtype"]
+            if type(dtype) is not str or {type(n) for n in (begin, end, *shape)} != {int}:
+                raise ValueError(f"another type of value for {name}")
             if min(begin, end - begin, *shape, 0) < 0:
                 raise ValueError(f"a negative number for {name}")
-            table[name] = Tensor(name, shape, item["dtype"], path, 8 + length + begin, end - begin)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            table[name] = Tensor(name, shape, dtype, path, 8 + length + begin, end - begin)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise WdlibError(
             f"The header of {path} is corrupt ({error!r}): download it again."
         ) from error
@@ -94,7 +111,20 @@ def safetensors_header(path: Path | RemoteFile) -> dict[str, Tensor]:
         value = VALUE_BYTES.get(tensor.dtype)
         _check_extent(tensor, size, value and value * math.prod(tensor.shape))
     _check_order(list(table.values()), 8 + length, size, alignment=1)
+    if isinstance(path, Path):
+        _check_by_library(path)
     return table
+
+
+def _check_by_library(path: Path) -> None:
+    """Refuse what the format's own library refuses."""
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except SafetensorError as error:
+        raise WdlibError(
+            f"The header of {path} is corrupt ({first_line(error)}): download it again."
+        ) from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -164,14 +194,16 @@ def gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
         try:
             tensors, fields = cursor.scalar("Q"), cursor.scalar("Q")
-            metadata = {cursor.text(): cursor.value(cursor.scalar("I")) for _ in range(fields)}
+            rows = [(cursor.name(), cursor.value(cursor.scalar("I"))) for _ in range(fields)]
+            metadata = _once(rows)
             table = [_gguf_tensor(cursor, path) for _ in range(tensors)]
         except (struct.error, ValueError, KeyError, OverflowError, RecursionError) as error:
             raise WdlibError(
                 f"The header of {path} is truncated or corrupt ({error}): download it again."
             ) from error
     alignment = metadata.get("general.alignment") or 32
-    if alignment % 8 or alignment & (alignment - 1) or len({t.name for t in table}) < len(table):
+    aligned = type(alignment) is int and not (alignment % 8 or alignment & (alignment - 1))
+    if not aligned or len({t.name for t in table}) < len(table):
         raise WdlibError(
             f"The header of {path} is corrupt (an alignment of {alignment} bytes, or a tensor "
             "twice): download it again."
@@ -199,7 +231,7 @@ def _gguf_tensor(cursor: "_Cursor", path: Path) -> Tensor:
     """
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    name = cursor.text()
+    name = cursor.name()
     shape = tuple(cursor.scalar("Q") for _ in range(cursor.scalar("I")))[::-1]
     number = cursor.scalar("I")
     if number not in GGML_QUANT_SIZES and number < GGML_TYPES:
@@ -230,17 +262,20 @@ class _Cursor:
         self.position += struct.calcsize(f"<{code}")
         return value
 
-    def text(self) -> str:
+    def name(self) -> str:
+        return self._text().decode()
+
+    def _text(self) -> bytes:
         length = self.scalar("Q")
         if length > len(self.buffer) - self.position:
             raise ValueError(f"a text of {length} bytes at byte {self.position}")
         self.position += length
-        return self.buffer[self.position - length : self.position].decode("utf-8", "replace")
+        return self.buffer[self.position - length : self.position]
 
     def value(self, kind: int) -> Any:
         """A number, a truth value or a text; None for an array, but for one of a few numbers."""
         if kind == _GGUF_STRING:
-            return self.text()
+            return self._text().decode("utf-8", "replace")
         if kind != _GGUF_ARRAY:
             return self.scalar(_GGUF_TYPES[kind])
         kind, count = self.scalar("I"), self.scalar("Q")

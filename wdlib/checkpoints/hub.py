@@ -12,13 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from wdlib import WdlibError, first_line
+from wdlib import WdlibError, first_line, paths
 
 PREFIX = "hf://"
 """Begins the name of a model that is read from the hub where it lies, as fsspec spells it."""
 
 WHOLE_BYTES = 100_000_000
 """Larger files are never read as a whole."""
+
+_Listed = tuple[str, str, int, str]
+"""Commit, name, size and sha256 of a file."""
 
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _log = logging.getLogger(__name__)
@@ -158,16 +161,16 @@ def files(repository: str, revision: str | None = None) -> dict[str, RemoteFile]
             break
         except Exception as error:  # whatever the client's network library raises
             attempts.failed(error)
+    told = [(f.rfilename, f.size or 0, f.lfs.sha256 if f.lfs else "") for f in info.siblings or ()]
+    try:
+        listed = paths.of_type([(info.sha or "", *row) for row in told], list[_Listed])
+    except ValueError as error:
+        raise WdlibError(
+            f"The hub's listing of {repository} is damaged ({error}): try again later."
+        ) from error
     return {
-        file.rfilename: RemoteFile(
-            repository,
-            info.sha or "",
-            file.rfilename,
-            file.size or 0,
-            file.lfs.sha256 if file.lfs else "",
-            PATIENCE,
-        )
-        for file in info.siblings or ()
+        name: RemoteFile(repository, commit, name, max(0, size), sha256, PATIENCE)
+        for commit, name, size, sha256 in listed
     }
 
 

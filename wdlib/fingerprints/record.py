@@ -20,6 +20,9 @@ RANK = 16
 
 _log = logging.getLogger(__name__)
 
+_LARGEST = 1e150
+"""Larger means and sums of squares overflow where they are pooled."""
+
 DIGITS = 7
 """Significant digits of the stored singular values, which are proven to 1e-5 or better."""
 
@@ -135,18 +138,6 @@ class Fingerprint:
         }
         lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
         return "{\n" + ",\n".join(lines) + "\n}\n"
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "Fingerprint":
-        """From what `to_json` writes, parsed."""
-        return cls(
-            content["model"],
-            content["family"],
-            {t: tuple(Moments(*m) for m in rows) for t, rows in content["moments"].items()},
-            {t: np.array(v, dtype=np.float64) for t, v in content["singular values"].items()},
-            Clusters(np.array(content["centres"], dtype=np.float64), content["scaled"]),
-            content["provenance"],
-        )
 
 
 def compute(
@@ -279,8 +270,53 @@ def save(fingerprint: Fingerprint, path: str | Path) -> Path:
 
 def load(path: str | Path) -> Fingerprint:
     """Read what `save` wrote. Raises WdlibError, naming the file, where that fails."""
-    remedy = "write it anew with `wdlib fingerprint`"
-    return paths.read_json(path, Fingerprint.from_dict, what="a fingerprint", remedy=remedy)
+    what, remedy = "a fingerprint", "write it anew with `wdlib fingerprint`"
+    content = paths.read_json(path, dict[str, Any], what=what, remedy=remedy)
+    text = json.dumps({key.replace(" ", "_"): value for key, value in content.items()})
+    what = f"{path} does not hold {what}"
+    stored = paths.parse_json(text, _Stored, what=what, remedy=remedy, others="ignore")
+    try:
+        return stored.fingerprint()
+    except ValueError as error:
+        raise WdlibError(f"{what} ({error}): {remedy}") from error
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What is read of `Fingerprint.to_json`; moments have the fields of `Moments`."""
+
+    model: str
+    family: str
+    moments: dict[str, tuple[tuple[int, float, float], ...]]
+    singular_values: dict[str, list[list[float]]]
+    centres: list[list[float]]
+    scaled: bool
+    provenance: dict[str, str]
+
+    def fingerprint(self) -> Fingerprint:
+        """Raises ValueError where the parts do not fit each other."""
+        moments = {t: tuple(Moments(*m) for m in rows) for t, rows in self.moments.items()}
+        values = {t: np.array(v, dtype=np.float64) for t, v in self.singular_values.items()}
+        centres = np.array(self.centres, dtype=np.float64)
+        store.check_values(values)
+        if {t: len(m) for t, m in moments.items()} != {t: len(v) for t, v in values.items()}:
+            raise ValueError("moments and singular values are not of the same matrices")
+        every = [m for of_type in moments.values() for m in of_type]
+        if any(not (1 <= m.n < 2**63 and m.squares >= 0 and abs(m.mean) < _LARGEST) for m in every):
+            raise ValueError("the moments are those of no values")
+        if not all(m.squares < _LARGEST for m in every):
+            raise ValueError("the values are larger than any weights")
+        rank = next(iter(values.values())).shape[1]
+        if centres.shape[1:] != (rank,) or not np.isfinite(centres).all():
+            raise ValueError("the centres of the clusters are none of its vectors")
+        return Fingerprint(
+            self.model,
+            self.family,
+            moments,
+            values,
+            Clusters(centres, self.scaled),
+            self.provenance,
+        )
 
 
 def _shipped(model: str | Path) -> Path | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from wdlib import TYPES, WdlibError, paths
+from wdlib import TYPES, WdlibError, first_line, paths
 from wdlib.checkpoints.architectures import tensor_role
 
 if TYPE_CHECKING:
@@ -62,11 +62,25 @@ def expected_peft_warnings() -> Iterator[None]:
 
 
 def load(model: "torch.nn.Module", folder: str | Path) -> "PeftModel":
-    """The model with the adapter that `export` wrote to a folder."""
+    """The model with the adapter that `export` wrote to a folder.
+
+    Raises: WdlibError for a folder without one, and for one that is damaged or of another model.
+    """
     from peft import PeftModel
 
-    with expected_peft_warnings():
-        return PeftModel.from_pretrained(model, folder)
+    folder = Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():  # peft would ask the hub
+            raise WdlibError(f"{folder} lacks {name}: give the folder of an adapter")
+    try:
+        with expected_peft_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            loaded = PeftModel.from_pretrained(model, folder)
+    except Exception as error:  # whatever damage makes peft raise
+        raise WdlibError(
+            f"peft cannot load the adapter in {folder} ({first_line(error)}): export it again"
+        ) from error
+    return loaded
 
 
 def export(peft_model: "PeftModel", folder: str | Path) -> Path:

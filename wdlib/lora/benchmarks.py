@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import itertools
+import json
 import logging
 import random
 import zipfile
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from wdlib import WdlibError, paths
+from wdlib.lora.data import Question
 
 GPQA_PASSWORD = b"deserted-untie-orchid"
 """Published by GPQA's authors: the archive is locked against crawlers, not against readers."""
@@ -28,12 +30,15 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class _Source:
-    """Where lm-eval defines a task, and the file that feeds it where the hub does not."""
+    """Where lm-eval defines a task, and the file that feeds it where the hub does not.
+
+    row: what a row of the file has to be, its names with underscores for spaces.
+    """
 
     folder: str
     file: str
     read: Callable[[Path], list[dict[str, Any]]]
-    columns: tuple[str, ...]
+    row: type
     reorder: bool = False
 
 
@@ -45,24 +50,46 @@ def _locked_table(path: Path) -> list[dict[str, Any]]:
     return list(csv.DictReader(io.StringIO(text, newline="")))
 
 
+@dataclass(frozen=True)
+class _GpqaRow:
+    Question: str
+    Correct_Answer: str
+    Incorrect_Answer_1: str
+    Incorrect_Answer_2: str
+    Incorrect_Answer_3: str
+
+
+@dataclass(frozen=True)
+class _HellaswagRow:
+    activity_label: str
+    ctx_a: str
+    ctx_b: str
+    endings: tuple[str, ...]
+    label: str
+
+    def __post_init__(self) -> None:
+        if self.label not in map(str, range(len(self.endings))):
+            raise ValueError("the label is that of no ending")
+
+
 _SOURCES = {
     "gpqa_diamond_zeroshot": _Source(
         "gpqa/zeroshot",
         "gpqa_diamond.zip",
         _locked_table,
-        ("Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))),
+        _GpqaRow,
         reorder=True,
     ),
-    "arc_challenge": _Source(
-        "arc", "arc_challenge_test.jsonl", paths.json_lines, ("question", "choices", "answerKey")
-    ),
+    "arc_challenge": _Source("arc", "arc_challenge_test.jsonl", paths.json_lines, Question),
     "hellaswag": _Source(
         "hellaswag",
         "hellaswag_validation.jsonl.gz",
         paths.json_lines,
-        ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+        _HellaswagRow,
     ),
 }
+
+_DAMAGED = (zipfile.BadZipFile, zlib.error, csv.Error)
 
 TASKS = tuple(_SOURCES)
 """lm-eval's names of the benchmarks."""
@@ -188,13 +215,16 @@ def _task(name: str, data_folder: Path | None, limit: int | None) -> Any:
 def _rows(path: Path, source: _Source) -> list[dict[str, Any]]:
     try:
         rows = source.read(path)
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error):
+    except (OSError, EOFError, ValueError, RuntimeError, *_DAMAGED):
         rows = []
     if not rows:
         raise WdlibError(f"{path} cannot be read or is empty: fetch it again")
-    for column in source.columns:
-        if any(row.get(column) is None for row in rows):
-            raise WdlibError(f"{path} has rows without {column!r}: fetch it again")
+    what, remedy = f"{path} has a row that is no item of the benchmark", "fetch it again"
+    for row in rows:
+        named = row
+        if isinstance(row, dict):
+            named = {str(name).replace(" ", "_"): value for name, value in row.items()}
+        paths.parse_json(json.dumps(named), source.row, what=what, remedy=remedy, others="ignore")
     return rows
 
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+
+_T = TypeVar("_T")
 
 IGNORED = -100
 """The label of a token that has no part in the loss; transformers' number."""
@@ -89,9 +91,9 @@ def examples(name: str, *, folder: str | Path | None = None) -> tuple[Example, .
     rows = _remote_rows(source) if folder is None else _local_rows(Path(folder) / source.file)
     try:
         read = [_example(row) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
+    except (WdlibError, TypeError) as error:
         raise WdlibError(
-            f"a row of the data set {name!r} lacks what it should have ({error!r}): get "
+            f"a row of the data set {name!r} lacks what it should have ({error}): get "
             f"{source.file} again"
         ) from error
     return tuple({(e.instruction, e.input): e for e in reversed(read)}.values())[::-1]
@@ -124,18 +126,47 @@ def _remote_rows(source: DataSet) -> list[dict]:
         ) from error
 
 
+@dataclass(frozen=True)
+class _Instruction:
+    instruction: str
+    input: str | None
+    output: str
+
+
+@dataclass(frozen=True)
+class _Choices:
+    text: tuple[str, ...]
+    label: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of ARC: the options, their labels, and the label of the right one."""
+
+    question: str
+    choices: _Choices
+    answerKey: str
+
+    def __post_init__(self) -> None:
+        labels = self.choices.label
+        if len(labels) != len(self.choices.text) or self.answerKey not in labels:
+            raise ValueError("the answer is none of the options")
+
+
 def _example(row: dict) -> Example:
+    def parsed(kind: type[_T]) -> _T:
+        what, remedy = "it is no example", "correct it"
+        return paths.parse_json(json.dumps(row), kind, what=what, remedy=remedy, others="ignore")
+
     if "choices" not in row:
-        texts = row["instruction"], row["input"] or "", row["output"]
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError("an instruction, input or output that is no text")
-        return Example(*texts)
-    texts, labels = row["choices"]["text"], row["choices"]["label"]
-    options = [f"{chr(ord('A') + index)}. {text}" for index, text in enumerate(texts)]
+        given = parsed(_Instruction)
+        return Example(given.instruction, given.input or "", given.output)
+    asked = parsed(Question)
+    options = [f"{chr(ord('A') + n)}. {text}" for n, text in enumerate(asked.choices.text)]
     return Example(
         CHOICE_INSTRUCTION,
-        "\n".join([row["question"], *options]),
-        options[labels.index(row["answerKey"])],
+        "\n".join([asked.question, *options]),
+        options[asked.choices.label.index(asked.answerKey)],
     )
 
 

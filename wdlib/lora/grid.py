@@ -13,14 +13,14 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from wdlib import TYPES, WdlibError, __version__, paths
+from wdlib import TYPES, WdlibError, __version__, first_line, paths
 from wdlib.checkpoints.catalogue import catalogue_model
 from wdlib.fingerprints import record
 from wdlib.fingerprints.record import Fingerprint
@@ -50,6 +50,9 @@ STATES = FINISHED, EXTENDABLE, BEGUN, TO_DO, LACKING = (
 
 _APART = "give the results a folder of their own (--results), or hide the GPU"
 
+_PIECES = 2**17
+"""A grid of more names, values and marks between them is refused."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -77,29 +80,49 @@ def cells(path: str | Path = GRID) -> tuple[Cell, ...]:
     """
     import yaml
 
+    what, remedy = f"{path} is no grid of experiments", "correct it"
     try:
-        grid = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        # A few lines can repeat parts without end: what is cut off here is no whole JSON.
+        given = yaml.safe_load(text)
+        pieces = islice(json.JSONEncoder().iterencode(given), _PIECES)
+        grid = paths.parse_json("".join(pieces), _Grid, what=what, remedy=remedy)
+        if strange := [name for name in grid.tiers if name not in given["tiers"]]:
+            raise ValueError(f"YAML reads a tier's name as {strange[0]}: put it in quotes")
         found = tuple(_expand(grid))
         _check_protocols(found)
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, WdlibError) as error:
-        raise WdlibError(f"{path} is no grid of experiments: {error}") from error
+    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise WdlibError(f"{what} ({first_line(error)}): {remedy}") from error
     return found
 
 
-def _expand(grid: dict[str, Any]) -> Iterator[Cell]:
-    for name, tier in grid["tiers"].items():
-        unknown = set(tier) - {"seeds", "evaluation", "runs", "fingerprint"}
-        if unknown:
-            raise WdlibError(f"{name} has {sorted(unknown)[0]!r}, which no tier has")
-        asked, fingerprint = tier["evaluation"], tier.get("fingerprint", False)
-        protocol = Protocol(**{**asked, "tasks": tuple(asked["tasks"])})
+@dataclass(frozen=True)
+class _Tier:
+    """A part of a grid's file."""
+
+    seeds: tuple[int, ...]
+    evaluation: Protocol
+    runs: tuple[dict[str, Any], ...]
+    fingerprint: bool = False
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """A grid's file."""
+
+    tiers: dict[str, _Tier]
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+def _expand(grid: _Grid) -> Iterator[Cell]:
+    for name, tier in grid.tiers.items():
         seen = set()
-        for seed in tier["seeds"]:
-            for given in tier["runs"]:
-                run = _run({**grid.get("defaults", {}), **given}, seed)
+        for seed in tier.seeds:
+            for given in tier.runs:
+                run = _run({**grid.defaults, **given}, seed)
                 if run.key not in seen:
                     seen.add(run.key)
-                    yield Cell(name, run, protocol, fingerprint)
+                    yield Cell(name, run, tier.evaluation, tier.fingerprint)
 
 
 def _check_protocols(every: Sequence[Cell]) -> None:
@@ -360,8 +383,8 @@ def _fingerprint(
         update = json.dumps(_update(model))
         model = model.merge_and_unload()
     known = catalogue_model(run.model)
-    with TemporaryDirectory(dir=folder) as scratch:
-        merged = Path(scratch) / "merged"
+    with paths.scratch(folder, "merged") as scratch:
+        merged = scratch / "merged"
         model.config.save_pretrained(merged)
         save_model(model, str(merged / "model.safetensors"))
         found = record.compute(merged, family=known.family if known else "")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from wdlib import WdlibError, first_line, paths
+from wdlib.checkpoints.architectures import tensor_role
 from wdlib.checkpoints.files import Checkpoint, content_hash, resolve, shards
 from wdlib.checkpoints.headers import gguf_header
 from wdlib.checkpoints.listing import INDEX
@@ -81,8 +82,8 @@ def load(model: str | Path | Checkpoint, *, dtype: str = "float32") -> Pretraine
 
     Arguments: dtype, of the weights in memory: "float32", "bfloat16" or "float16".
     Raises: WdlibError as `resolve` does, for an unknown dtype, for files without config.json, of an
-    architecture that transformers does not know as a causal language model, or beside others that
-    transformers would read in their place or with them.
+    architecture that transformers does not know as a causal language model, that do not fill it or
+    are of more layers, or beside others that transformers would read in their place or with them.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -94,10 +95,11 @@ def load(model: str | Path | Checkpoint, *, dtype: str = "float32") -> Pretraine
     if gguf:
         folder = _converted(checkpoint)
     with _reading(checkpoint):
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), **_LOCAL
+        loaded, told = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), output_loading_info=True, **_LOCAL
         )
         tokenizer = _tokenizer(folder)
+    _check_whole(checkpoint, loaded, told)
     return Pretrained(loaded.eval(), tokenizer, checkpoint)
 
 
@@ -203,9 +205,28 @@ def _source(checkpoint: Checkpoint) -> tuple[Path, dict[str, str]]:
     return folder, gguf
 
 
+def _check_whole(checkpoint: Checkpoint, loaded: "PreTrainedModel", told: dict[str, Any]) -> None:
+    """Refuse weights that are not those of the configuration.
+
+    told: transformers' report. It fills what is missing with random numbers, and drops layers that
+    the configuration does not count.
+    """
+    roles = (tensor_role(name, loaded.config.model_type) for name in told["unexpected_keys"])
+    dropped = {role.layer for role in roles if role}
+    predictors = getattr(loaded.config, "num_nextn_predict_layers", None) or 0
+    wrong = [*sorted(told["missing_keys"]), *(str(key) for key in told["mismatched_keys"])]
+    if wrong or len(dropped) > predictors:
+        what = f"no {wrong[0]} of the shape" if wrong else f"a layer {max(dropped)} beyond those"
+        raise WdlibError(
+            f"{checkpoint.name} has {what} that its configuration says: that is another model's, "
+            "or the weights are incomplete; download both again"
+        )
+
+
 def _config(folder: Path) -> dict[str, Any]:
     remedy = "download it again"
-    return paths.read_json(folder / "config.json", dict, what="a configuration", remedy=remedy)
+    path, kind = folder / "config.json", dict[str, Any]
+    return paths.read_json(path, kind, what="a configuration", remedy=remedy)
 
 
 def _read_from(folder: Path) -> set[Path]:
@@ -223,7 +244,7 @@ def _reading(checkpoint: Checkpoint) -> Iterator[None]:
         # The progress bar of the GGUF reader knows no switch, so what goes to stderr is dropped.
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
             yield
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except Exception as error:  # whatever damage makes a library raise
         if "trust_remote_code" in str(error):
             raise WdlibError(
                 f"{checkpoint.name} needs code that comes with it, which is never run here: give a "
@@ -280,8 +301,11 @@ def _convert(checkpoint: Checkpoint, folder: Path) -> None:
 
     beside, gguf = _source(checkpoint)
     with _reading(checkpoint):
-        loaded = AutoModelForCausalLM.from_pretrained(beside, dtype="float32", **_LOCAL, **gguf)
+        loaded, told = AutoModelForCausalLM.from_pretrained(
+            beside, dtype="float32", output_loading_info=True, **_LOCAL, **gguf
+        )
         tokenizer = AutoTokenizer.from_pretrained(beside, **_LOCAL, **gguf)
+    _check_whole(checkpoint, loaded, told)
     header, _ = gguf_header(beside / gguf["gguf_file"])
     if header.get("tokenizer.ggml.pre") in DIGIT_SPLITTING:
         _split_digits(tokenizer)

@@ -62,7 +62,64 @@ def load_result(run: Run, *, results: Path = RESULTS) -> CellResult | None:
 
 def read_report(path: Path) -> dict[str, Any]:
     """What training reports of a finished cell. Raises WdlibError where the file is damaged."""
-    return paths.read_json(path, dict, what="a report", remedy="remove it to run the cell again")
+    what, remedy = "a report", "remove it to run the cell again"
+    found = paths.read_json(path, dict[str, Any], what=what, remedy=remedy)
+    what = f"{path} does not hold {what}"
+    paths.parse_json(json.dumps(found), _Report, what=what, remedy=remedy, others="ignore")
+    return found
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Loss on held-out examples: the mean per token in nats, and sums and tokens per example."""
+
+    loss: float
+    sums: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        counted = len(self.sums) == len(self.tokens) and min(self.tokens, default=-1) >= 0
+        if not counted or not 0 < sum(self.tokens) < 2**53:
+            raise ValueError("sums and numbers of tokens are not those of as many examples")
+        if not np.isfinite([self.loss, *self.sums]).all():
+            raise ValueError("a loss is NaN or infinite")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is measured before a run trains; step0 has the fields of `measure.Step0`.
+
+    machine: as `devices.machine` gives it; earlier versions did not say.
+    """
+
+    held_out: HeldOut
+    step0: dict[str, Any] | None
+    machine: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Hashes:
+    model: str
+    data: str
+    characterisation: str | None
+    adapter: str | None
+
+
+@dataclass(frozen=True)
+class _Losses:
+    before: HeldOut
+    after: HeldOut
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What is read of a report by its name."""
+
+    key: str
+    dtype: str
+    hashes: _Hashes
+    held_out: _Losses
+    configuration: Run
 
 
 def fingerprint_file(run: Run, results: Path) -> Path:

@@ -3,10 +3,11 @@
 import hashlib
 import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from wdlib import WdlibError
+from wdlib import WdlibError, paths
 from wdlib.characterise import stored_file
 from wdlib.checkpoints import catalogue
 from wdlib.lora.adapters import LoraSettings
@@ -93,6 +94,9 @@ class Run:
             )
         if self.reference is not None and Path(self.reference).name != self.reference:
             raise WdlibError(f"the reference {self.reference!r} is no name of a stored model")
+        numbers = [v for v in asdict(self.hyperparameters).values() if isinstance(v, float)]
+        if not all(map(isfinite, (self.b_scale, *numbers))):
+            raise WdlibError("a run has no settings that are NaN or infinite: give numbers")
         if self.hyperparameters.dtype not in ("auto", "float32", "bfloat16"):
             raise WdlibError(
                 f"there is no dtype {self.hyperparameters.dtype!r}: give auto, float32 or bfloat16"
@@ -127,38 +131,18 @@ class Run:
     def from_dict(cls, content: dict[str, Any]) -> "Run":
         """From the fields' names and values; missing ones have their defaults.
 
-        Raises: WdlibError for names that are no fields, and as the constructor does.
+        Raises: WdlibError for names that are no fields, for values of other types, and as the
+        constructor does.
         """
-        content = dict(content)
-        hyperparameters = dict(content.pop("hyperparameters", {}))
-        for kind, given in ((cls, content), (Hyperparameters, hyperparameters)):
-            unknown = set(given) - {f.name for f in fields(kind)}
-            if unknown:
-                raise WdlibError(f"a run has no setting {sorted(unknown)[0]!r}: correct its name")
-        _check_types(cls, content)
-        _check_types(Hyperparameters, hyperparameters)
-        if "targets" in hyperparameters:
-            hyperparameters["targets"] = tuple(hyperparameters["targets"])
-        return cls(**content, hyperparameters=Hyperparameters(**hyperparameters))
+        what = "these are no settings of a run"
+        remedy = "correct them (a number like 2e-4 needs a point in YAML: 2.0e-4)"
+        return paths.parse_json(json.dumps(content), cls, what=what, remedy=remedy)
 
     def characterisation(self) -> Path | None:
         """The file of the reference's characterisation; None without a reference."""
         if self.reference is None:
             return None
         return stored_file(self.reference, self.hyperparameters.rank)
-
-
-def _check_types(kind: type, given: dict[str, Any]) -> None:
-    """Numbers must be numbers: YAML reads 2e-4, without a point, as a text."""
-    for f in fields(kind):
-        wanted = type(f.default)
-        if f.name not in given or wanted not in (bool, int, float):
-            continue
-        if type(given[f.name]) not in ((int, float) if wanted is float else (wanted,)):
-            raise WdlibError(
-                f"{f.name} must be of type {wanted.__name__}, not {given[f.name]!r} (a number like "
-                "2e-4 needs a point in YAML: 2.0e-4)"
-            )
 
 
 def _changed(value: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from wdlib import WdlibError, paths
+from wdlib import WdlibError, first_line, paths
 from wdlib.lora.benchmarks import Protocol
 
 
@@ -56,20 +56,51 @@ def load(path: Path) -> Evaluation:
 
     Raises: WdlibError for a file that is missing or is not an evaluation.
     """
+    what, remedy = f"{path} is not a stored evaluation", "evaluate again"
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > paths.TEXT_BYTES:
+                raise ValueError("it says that it is larger than any evaluation")
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            about = json.loads(str(arrays["about"]))
-            protocol = Protocol(**{**about["protocol"], "tasks": tuple(about["protocol"]["tasks"])})
+            about = paths.parse_json(str(arrays["about"]), _About, what=what, remedy=remedy)
             parts = [part.name for part in fields(Scores)]
             scores = {
-                name: Scores(**{part: arrays[f"{name}/{part}"] for part in parts})
-                for name in protocol.tasks
+                name: _checked(Scores(**{part: arrays[f"{name}/{part}"] for part in parts}))
+                for name in about.protocol.tasks
             }
-    except WdlibError as error:
-        raise WdlibError(f"{path} is not a stored evaluation ({error}): evaluate again") from error
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise WdlibError(f"{path} is not a stored evaluation: evaluate again") from error
-    return Evaluation(protocol, scores, about["made"])
+    except WdlibError:
+        raise
+    except Exception as error:  # whatever a damaged archive makes numpy raise
+        raise WdlibError(f"{what} ({first_line(error)}): {remedy}") from error
+    return Evaluation(about.protocol, scores, about.made)
+
+
+@dataclass(frozen=True)
+class _About:
+    protocol: Protocol
+    made: dict[str, Any]
+
+
+def _checked(scores: Scores) -> Scores:
+    """Scores that are what they have to be; ValueError for others."""
+    items, orders, options = scores.loglikelihood.shape
+    wanted = {
+        "loglikelihood": (np.float32, (items, orders, options)),
+        "orders": (np.int8, (orders, options)),
+        "gold": (np.int8, (items,)),
+        "characters": (np.int32, (items, options)),
+        "items": (np.uint32, (items,)),
+    }
+    for name, (dtype, shape) in wanted.items():
+        array = getattr(scores, name)
+        if array.dtype != dtype or array.shape != shape or not array.size:
+            raise ValueError(f"{name} is of type {array.dtype} and shape {array.shape}")
+    positions = np.concatenate([scores.orders.ravel(), scores.gold])
+    if (positions < 0).any() or (positions >= options).any() or (scores.characters < 0).any():
+        raise ValueError("an option is of a number that is not there")
+    if np.isposinf(scores.loglikelihood).any():
+        raise ValueError("a log-likelihood is infinite")
+    return scores
 
 
 def answers(scores: Scores, *, normalised: bool = False) -> np.ndarray:

@@ -29,6 +29,7 @@ from wdlib.lora import data, devices, initialisation, pretrained
 from wdlib.lora.adapters import ADAPTER, LoraSettings, export
 from wdlib.lora.data import Example, Tokens
 from wdlib.lora.measure import step0
+from wdlib.lora.results import Start, read_report
 from wdlib.lora.runs import UNTRAINED, Run
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def result(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / _RESULT
     if not path.is_file():
         return None
-    return paths.read_json(path, dict, what="a run's result", remedy="remove the run's folder")
+    return read_report(path)
 
 
 def train(
@@ -251,7 +252,7 @@ def _claim(run: Run, folder: Path) -> None:
     path = folder / _RUN
     if path.is_file():
         remedy = f"give {run.key} a folder of its own"
-        if paths.read_json(path, Run.from_dict, what="a run", remedy=remedy) != run:
+        if paths.read_json(path, Run, what="a run", remedy=remedy) != run:
             raise WdlibError(f"{folder} holds another run ({_RUN}): {remedy}")
         return
     paths.write_text(path, run.to_json())
@@ -280,10 +281,11 @@ def _cast(parameters: Iterable["torch.nn.Parameter"], dtype: str) -> None:
 def _measured_once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured before training: read if an earlier call has, else measured and kept."""
     if not path.is_file():
-        paths.write_text(path, json.dumps({**measure(), "machine": devices.machine()}))
-    remedy = "remove the run's folder"
-    found = paths.read_json(path, dict, what="a run's start", remedy=remedy)
-    begun = devices.kind(found.get("machine", _UNNAMED))
+        made = {**measure(), "machine": devices.machine()}
+        paths.write_text(path, json.dumps(made))
+    what, remedy = "a run's start", "remove the run's folder"
+    found = asdict(paths.read_json(path, Start, what=what, remedy=remedy))
+    begun = devices.kind(found.pop("machine") or _UNNAMED)
     devices.check_kind(begun, what=f"the run in {path.parent}", remedy=f"go on there, or {remedy}")
     return found
 

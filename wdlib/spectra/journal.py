@@ -33,14 +33,14 @@ class Journal:
             return
         lines = path.read_bytes().splitlines() if path.is_file() else []
         head, *records = [_parsed(line) for line in lines] or [{}]
-        if head.get("job") != self.job:
+        if head.get("job") != self.job or "created" not in head:
             if lines:
                 _log.warning("%s is of other weights or another job, and begins anew", path)
             with paths.atomic_write(path) as part:
                 part.write_bytes(_line({"job": self.job, "created": self.created}))
             return
         self.created = head["created"]
-        for r in (record for record in records if record.get("job") == self.job):
+        for r in (r for r in records if r.get("job") == self.job and "values" in r):
             found = SingularValues(np.array(r["values"]), np.array(r["error"]), r["method"])
             self.found[r["layer"], r["type"], r["expert"]] = found
         self._append(b"\n")  # ends a torn line

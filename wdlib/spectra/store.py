@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.numpy import save as serialise
 from wdlib import WdlibError, paths
 from wdlib.checkpoints.architectures import type_order
 from wdlib.checkpoints.catalogue import catalogue_model
+from wdlib.checkpoints.plan import place_order
 
 _SUFFIX = ".safetensors"
 _log = logging.getLogger(__name__)
@@ -122,8 +124,9 @@ def load(model: str | Path, *, rank: int | None = None) -> Spectra:
         )
     try:
         with safe_open(path, "numpy") as file:
-            about = json.loads((file.metadata() or {})["wdlib"])
+            text = (file.metadata() or {})["wdlib"]
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (no iterator)
+        about = paths.of_type(json.loads(text), dict[str, str])
         types = sorted((name for name in tensors if "." not in name), key=type_order)
         rows: dict[str, tuple[tuple[int, int | None], ...]] = {}
         for t in types:
@@ -140,7 +143,7 @@ def load(model: str | Path, *, rank: int | None = None) -> Spectra:
             {t: _pairs(tensors[f"{t}.shapes"]) for t in types if f"{t}.shapes" in tensors},
         )
         _check(spectra)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise WdlibError(
             f"{path} does not hold spectra ({error}): write it anew with `wdlib spectra MODEL "
             f"--rank R --out {path}`."
@@ -150,19 +153,30 @@ def load(model: str | Path, *, rank: int | None = None) -> Spectra:
 
 def _check(spectra: Spectra) -> None:
     """Raise ValueError for what no spectra are: see `Spectra`."""
+    check_values(spectra.values)
     for t, values in spectra.values.items():
-        error, rows = spectra.error[t], spectra.rows[t]
-        if not (values.ndim == 2 and values.shape == error.shape and len(rows) == len(values)):
-            raise ValueError(f"values, errors and rows of {t} do not fit each other")
-        if not (values.dtype == error.dtype == np.float64):
-            raise ValueError(f"{t} is of type {values.dtype}, with errors of {error.dtype}")
-        if len(spectra.shapes.get(t, rows)) != len(rows) or values.shape[1] != spectra.rank:
-            raise ValueError(f"{t} has other shapes or another rank than the rest")
-        finite = np.isfinite(values).all() and np.isfinite(error).all()
-        if not (finite and (error >= 0).all() and (values >= 0).all()):
-            raise ValueError(f"{t} holds negative numbers, NaN or infinity")
-        if (np.diff(values, axis=1) > 0).any():
-            raise ValueError(f"{t} has rows that do not descend")
+        error, rows, sizes = spectra.error[t], spectra.rows[t], spectra.shapes.get(t)
+        if values.shape != error.shape or error.dtype != np.float64:
+            raise ValueError(f"the errors of {t} are of another shape or type than its values")
+        if not (np.isfinite(error).all() and (error >= 0).all()):
+            raise ValueError(f"the errors of {t} hold negative numbers, NaN or infinity")
+        order = [place_order(layer, t, expert) for layer, expert in rows]
+        ascend = all(one < two for one, two in pairwise(order))
+        if len(rows) != len(values) or not ascend or order[0][0] < 0:
+            raise ValueError(f"the rows of {t} are not those of as many matrices in their order")
+        if sizes is not None and (len(sizes) != len(rows) or min(map(min, sizes)) < spectra.rank):
+            raise ValueError(f"the shapes of {t} are not those of its matrices")
+
+
+def check_values(values: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError unless these are (rows, r) float64, descending singular values, by type."""
+    if len({v.shape[1:] for v in values.values()}) != 1:
+        raise ValueError("these are no types of projections with one rank")
+    for t, v in values.items():
+        if v.ndim != 2 or not v.size or v.dtype != np.float64:
+            raise ValueError(f"{t} is no table of float64 values")
+        if not np.isfinite(v).all() or (v < 0).any() or (np.diff(v, axis=1) > 0).any():
+            raise ValueError(f"{t} holds NaN, infinity, negative numbers or rows that rise")
 
 
 def cache_file(model: str, key: str, rank: int) -> Path:
@@ -209,6 +223,8 @@ def is_stored(model: str | Path) -> bool:
 
 
 def _pairs(table: np.ndarray) -> tuple[tuple[int, int], ...]:
+    if table.dtype != np.int64 or (table < -1).any():
+        raise ValueError("rows or shapes are no numbers of layers, experts and dimensions")
     return tuple((int(a), int(b)) for a, b in table)
 
 
