@@ -192,7 +192,7 @@ class Tokens:
     @property
     def counted(self) -> int:
         """How many tokens have a part in the loss."""
-        return sum(label != IGNORED for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORED)
 
 
 def tokenise(
