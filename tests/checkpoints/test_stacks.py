@@ -10,7 +10,7 @@ import tiny
 import tiny_zoo
 
 from wdlib import WdlibError
-from wdlib.checkpoints import stacks
+from wdlib.checkpoints import files, plan, stacks
 from wdlib.checkpoints.plan import inventory
 from wdlib.spectra import jobs, store
 
@@ -167,3 +167,27 @@ def test_a_router_is_one_only_where_there_are_experts(tmp_path):
     tiny.rewrite(folder, lambda t: {k.replace("gate_proj", "gate"): v for k, v in t.items()})
     with pytest.raises(WdlibError, match=r"mlp\.gate\.weight .* no row names it"):
         inventory(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama", "gpt2", "glm4_moe", "deepseek_v3", "qwen3_next", "bamba", "jamba", "falcon_h1"),
+        *("granitemoehybrid", "gemma4_text, experts", "gpt_oss", "nemotron_h", "kimi_linear"),
+    ],
+)
+def test_no_loss_of_a_tensor_goes_unnoticed(built, name, monkeypatch):
+    folder = built("causal", name)
+    configuration, tensors = plan.read_headers(files.resolve(folder))
+    lost = {entry.name for entry in inventory(folder)}
+    assert len(lost) > 6
+    unnoticed = set()
+    for one in lost:
+        left = {name: tensor for name, tensor in tensors.items() if name != one}
+        monkeypatch.setattr(plan, "read_headers", lambda _, left=left: (configuration, left))
+        try:
+            inventory(folder)
+        except WdlibError:
+            continue
+        unnoticed.add(one)
+    assert unnoticed == set()

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_zoo
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,7 @@ from tiny_lora import GROUPS, RANK, SMALL, distance, logits, reshaped, stock, tr
 
 from wdlib import WdlibError
 from wdlib.lora import initialisation
-from wdlib.lora.adapters import export, load, lora_layers
+from wdlib.lora.adapters import LoraSettings, export, load, lora_layers, target_sites
 
 # peft 0.21 asks transformers 5 for an attribute that was renamed; `attach` keeps that to itself.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -138,3 +139,25 @@ def test_export_refuses(llama, tmp_path):
     with pytest.raises(WdlibError, match="use_dora"):
         export(stock(llama, use_dora=True), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "target", "message"),
+    [
+        ("causal", "deepseek_v3", "q_a_proj", r"q_a_proj is not known as a projection \(q, k"),
+        ("image-text", "llava", "q_proj", r"are both q of layer 0, in two stacks of layers"),
+    ],
+)
+def test_targets_are_of_the_seven_types_and_of_one_stack(task, name, target, message):
+    model = tiny_zoo.build(task, name)
+    with pytest.raises(WdlibError, match=message):
+        target_sites(model, LoraSettings(rank=2, targets=(target,)))
+
+
+def test_targets_of_a_language_model_in_another_have_its_types():
+    """The row for a fused tensor is bound to the `model_type` of the language model in it."""
+    model = tiny_zoo.build("image-text", "glm4v")
+    sites = target_sites(model, LoraSettings(rank=2, targets=("o_proj",)))
+    assert [(site.type, site.layer) for site in sites] == [("o", 0), ("o", 1)]
+    with pytest.raises(WdlibError, match="joins gate, up in one matrix"):
+        target_sites(model, LoraSettings(rank=2, targets=("gate_up_proj",)))

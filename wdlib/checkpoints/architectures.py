@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from wdlib import TYPES
 from wdlib.checkpoints import lexicon
@@ -54,6 +54,8 @@ class Place:
 
 _CONTAINERS = "|".join(lexicon.CONTAINERS.split())
 _NAME = re.compile(rf"((?:.*?\.)?(?:{_CONTAINERS}))\.(\d+)\.(.+?)(?:\.weight)?")
+_SAME_STACK = re.compile(lexicon.SAME_STACK)
+_IGNORED = re.compile(lexicon.IGNORED)
 _EXPERT = re.compile(rf"(?<![^.]){lexicon.EXPERTS}\.(?:expert_)?(\d+)\.")
 _GGUF_EXPERT = re.compile(r"(ffn_(?:gate|up|down))\.(\d+)")
 _OTHERS = re.compile("|".join(lexicon.OTHERS))
@@ -65,8 +67,9 @@ def place(name: str) -> Place | None:
     found = _NAME.fullmatch(name)
     if not found:
         return None
-    stack = re.sub(lexicon.SAME_STACK, "", found[1])
-    layer, inner = int(found[2]), re.sub(lexicon.IGNORED, "", found[3])
+    stack, layer, inner = found[1], int(found[2]), _IGNORED.sub("", found[3])
+    if _SAME_STACK.search(stack):
+        stack = _SAME_STACK.sub("", stack)
     if number := _EXPERT.search(inner):
         inner = f"{inner[: number.start()]}{lexicon.EXPERTS}.{inner[number.end() :]}"
         return Place(stack, layer, inner, int(number[1]))
@@ -84,7 +87,7 @@ def tensor_role(name: str, architectures: Collection[str] = ()) -> TensorRole | 
     where = place(name)
     if where is None:
         return None
-    known = _bound(where.inner, architectures) or _names().get(where.inner)
+    known = _meaning(where.inner, tuple(architectures))
     if known is None:
         return None
     block, types, layout = known
@@ -123,6 +126,12 @@ def type_order(type: str) -> tuple[int, str]:
 
 _Known = tuple[str, tuple[str, ...], str]
 """Block, types and layout."""
+
+
+@lru_cache(4096)
+def _meaning(inner: str, architectures: tuple[str, ...]) -> _Known | None:
+    """What the rows say of a name in a layer."""
+    return _bound(inner, architectures) or _names().get(inner)
 
 
 def _bound(inner: str, architectures: Collection[str]) -> _Known | None:
@@ -197,6 +206,7 @@ def _products(blocks: str, leaves: dict[str, str]) -> Iterator[tuple[str, str, s
                 yield block, type, leaf
 
 
+@cache
 def _groups(layout: str) -> int | str:
     if number := re.search(r"by (\d+)", layout):
         return int(number[1])

@@ -111,26 +111,27 @@ def _of_config(configuration: Configuration, kind: str) -> Geometry:
     layers = next(of_lists, None) if layers is None else layers
     heads = fields.number(*own_heads, *_HEADS)
     kv_heads = fields.number(*_KV_HEADS)
+    # Falcon and StarCoder 1 say in a field of their own that all heads share keys and values.
     shared, new = fields.content.get("multi_query"), fields.content.get("new_decoder_architecture")
-    if (
-        isinstance(shared, bool) and not new
-    ):  # Falcon and StarCoder 1 say it in a field of their own
+    if isinstance(shared, bool) and not new:
         kv_heads = 1 if shared else heads
+    experts = fields.numbers(*_EXPERTS)
+    borrowing = fields.number("num_kv_shared_layers") or 0
+    if fields.content.get("kv_source_layers"):
+        borrowing = layers or 0
+    from_keys = not set(lexicon.VALUES_FROM_KEYS.split()).isdisjoint(types)
     return Geometry(
         architectures=tuple(t for t in types if t),
         layers=layers,
         heads=heads,
         kv_heads=kv_heads or heads,
         width=fields.number("hidden_size", "d_model", "n_embd", "dim"),
-        experts=fields.number(*_EXPERTS),
+        experts=experts if isinstance(experts, int) else None,  # else of several modalities
         mixers=_kinds(fields.content, layers or 0, _MIXERS),
         mlps=_kinds(fields.content, layers or 0, _MLPS),
         predictors=fields.number("num_nextn_predict_layers", "num_mtp_layers") or 0,
-        shared_kv=layers or 0
-        if fields.content.get("kv_source_layers")
-        else fields.number("num_kv_shared_layers") or 0,
-        values_from_keys=bool(fields.content.get("attention_k_eq_v"))
-        or not set(lexicon.VALUES_FROM_KEYS.split()).isdisjoint(types),
+        shared_kv=borrowing,
+        values_from_keys=from_keys or bool(fields.content.get("attention_k_eq_v")),
     )
 
 

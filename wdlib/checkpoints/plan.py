@@ -235,8 +235,8 @@ def _check_all_known(
     named = {role.stack.split(":")[0] for role in roles.values()}
     experts = {(role.stack, role.layer) for role in own.values() if role.is_routed}
     for name, tensor in tensors.items():
-        where = place(name)
-        if name in roles or where is None or len(tensor.shape) < 2:
+        where = None if name in roles or len(tensor.shape) < 2 else place(name)
+        if where is None:
             continue
         routed = (where.stack, where.layer) in experts or tensor.shape[0] == geometry.experts
         if is_other(where.inner, routed=routed):

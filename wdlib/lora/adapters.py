@@ -181,8 +181,8 @@ def _projection_site(name: str, module: "torch.nn.Module", architectures: tuple[
     known = tensor_role(f"{name}.weight", architectures)
     if known is None or known.types[0] not in TYPES:
         raise WdlibError(
-            f"{name} is not known as one of {', '.join(TYPES)}: leave it out of the targets, or "
-            "add a row for its architecture to wdlib/checkpoints/lexicon.py"
+            f"{name} is not known as a projection ({', '.join(TYPES)}): leave it out of the "
+            "targets, or add a row for its architecture to wdlib/checkpoints/lexicon.py"
         )
     if len(known.types) > 1:
         raise WdlibError(
