@@ -17,5 +17,9 @@ class WdlibError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message without its full stop, or the error's type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """The first line of an error's message without its full stop, or the error's type.
+
+    Of the system's errors that is the reason alone, without number and name of the file.
+    """
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (message.strip().splitlines() or [type(error).__name__])[0].rstrip(".")
