@@ -1,8 +1,11 @@
 """Where things are, and how a file gets there whole and comes back. Nothing else computes a path.
 
-The project runs from a checkout (`make`, or `pip install -e .`): data, notebooks and figures stand
-beside the package. Two environment variables move what is written: `WDLIB_CACHE` the downloads and
-intermediate results, `WDLIB_FIGURES` the figures.
+A checkout (`make`, or `pip install -e .`) has data, notebooks and figures beside the package, and
+everything is written there. An installed copy carries the catalogue, stored spectra, fingerprints
+and characterisations inside the package. Its cache is the user's, and results of one's own go to
+the working folder, in the same folders as in a checkout. Three environment variables move what is
+written: `WDLIB_CACHE` downloads and intermediate results, `WDLIB_HOME` results and figures,
+`WDLIB_FIGURES` the figures alone.
 """
 
 import gzip
@@ -15,17 +18,37 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from wdlib import WdlibError
+from wdlib import WdlibError, first_line
 
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent
+_CARRIED = PACKAGE / "data"
+
+
+def _user_cache() -> Path:
+    import platformdirs
+
+    return platformdirs.user_cache_path("wdlib", appauthor=False)
+
+
+def _given(variable: str, default: Path) -> Path:
+    """The folder that an environment variable names, if it is set and not empty."""
+    return Path(os.environ.get(variable) or default).expanduser().absolute()
+
+
+if _CARRIED.is_dir():
+    HOME = _given("WDLIB_HOME", Path.cwd())
+    ROOT, DATA, CACHE = HOME, _CARRIED, _given("WDLIB_CACHE", _user_cache())
+else:
+    ROOT = PACKAGE.parent
+    HOME = _given("WDLIB_HOME", ROOT)
+    DATA, CACHE = ROOT / "data", _given("WDLIB_CACHE", ROOT / "data" / "cache")
 NOTEBOOKS = ROOT / "notebooks"
-DATA = ROOT / "data"
+CATALOGUE = DATA / "models.toml"
 SPECTRA = DATA / "spectra"
 RESULTS = DATA / "results"
-CATALOGUE = DATA / "models.toml"
-CACHE = Path(os.environ.get("WDLIB_CACHE", DATA / "cache")).expanduser().absolute()
-FIGURES = Path(os.environ.get("WDLIB_FIGURES", ROOT / "figures")).expanduser().absolute()
-STYLE = ROOT / "wdlib" / "wdlib.mplstyle"
+OWN_RESULTS = HOME / "data" / "results"
+FIGURES = _given("WDLIB_FIGURES", HOME / "figures")
+STYLE = PACKAGE / "wdlib.mplstyle"
 
 _T = TypeVar("_T")
 
@@ -83,5 +106,5 @@ def read_json(path: str | Path, parse: Callable[[Any], _T], *, what: str, remedy
     try:
         return parse(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, WdlibError) as error:
-        reason = error if isinstance(error, OSError | WdlibError) else repr(error)
+        reason = first_line(error) if isinstance(error, OSError | WdlibError) else repr(error)
         raise WdlibError(f"{path} does not hold {what} ({reason}): {remedy}") from error
