@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from wdlib import TYPES, WdlibError, __version__, paths
+from wdlib import TYPES, WdlibError, __version__, first_line, paths
 from wdlib.checkpoints.catalogue import catalogue_model
 from wdlib.fingerprints import record
 from wdlib.fingerprints.record import Fingerprint
@@ -79,7 +79,12 @@ def cells(path: str | Path = GRID) -> tuple[Cell, ...]:
         grid = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         found = tuple(_expand(grid))
         _check_protocols(found)
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, WdlibError) as error:
+    except OSError as error:
+        raise WdlibError(
+            f"{path} cannot be read ({first_line(error)}): give the YAML file of a grid, such as "
+            f"{GRID}"
+        ) from error
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, WdlibError) as error:
         raise WdlibError(f"{path} is no grid of experiments: {error}") from error
     return found
 
