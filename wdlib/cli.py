@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    options = parser.parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(_joined(words))
     try:
         options.command(options)
         sys.stdout.flush()
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return _failed(lacking(error.name or ""))
     except OSError as error:
-        return _failed(f"{error.filename}: {first_line(error)}" if error.filename else str(error))
+        return _failed(f"{error.filename}: " * bool(error.filename) + first_line(error))
     except WdlibError as error:
         return _failed(str(error))
     except KeyboardInterrupt:
@@ -362,7 +363,7 @@ def _complete(argument: argparse.Action, names: Callable[[], Iterable[str]]) -> 
     """Let the shell complete an argument with names, beside files."""
 
     def completer(prefix: str, **_: Any) -> list[str]:
-        from argcomplete import FilesCompleter
+        from argcomplete.completers import FilesCompleter
 
         known = [name for name in names() if name.startswith(prefix)]
         return known + [str(path) for path in FilesCompleter()(prefix)]

@@ -22,6 +22,7 @@ from wdlib import WdlibError, first_line
 
 PACKAGE = Path(__file__).resolve().parent
 _CARRIED = PACKAGE / "data"
+_IS_INSTALLED = _CARRIED.is_dir()
 
 
 def _user_cache() -> Path:
@@ -35,13 +36,10 @@ def _given(variable: str, default: Path) -> Path:
     return Path(os.environ.get(variable) or default).expanduser().absolute()
 
 
-if _CARRIED.is_dir():
-    HOME = _given("WDLIB_HOME", Path.cwd())
-    ROOT, DATA, CACHE = HOME, _CARRIED, _given("WDLIB_CACHE", _user_cache())
-else:
-    ROOT = PACKAGE.parent
-    HOME = _given("WDLIB_HOME", ROOT)
-    DATA, CACHE = ROOT / "data", _given("WDLIB_CACHE", ROOT / "data" / "cache")
+HOME = _given("WDLIB_HOME", Path.cwd() if _IS_INSTALLED else PACKAGE.parent)
+ROOT = HOME if _IS_INSTALLED else PACKAGE.parent
+DATA = _CARRIED if _IS_INSTALLED else ROOT / "data"
+CACHE = _given("WDLIB_CACHE", _user_cache() if _IS_INSTALLED else DATA / "cache")
 NOTEBOOKS = ROOT / "notebooks"
 CATALOGUE = DATA / "models.toml"
 SPECTRA = DATA / "spectra"
