@@ -327,7 +327,7 @@ def test_waiting(server, monkeypatch, caplog):
     said = [
         re.search(r"after (\d+) more failures \((\d+) s of", m).groups() for m in caplog.messages
     ]
-    assert said == [(str(8 - n), str(sum([*waited, 20][n:]))) for n in range(7)]
+    assert said == [(str(8 - n), f"{sum([*waited, 20][n:]):.0f}") for n in range(7)]
     attempts.failed(ConnectionError("gone"), progress=True)
     assert waited[-1] == 1
 
