@@ -1,9 +1,11 @@
 """One set of versions: pyproject.toml, requirements.lock, environment.yml, what is installed."""
 
+import ast
 import re
 import tomllib
 from importlib.metadata import distribution, distributions
 
+import nbformat
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -94,6 +96,25 @@ def test_the_project_says_who_made_it_as_the_citation_does():
     assert citation["license"] == PROJECT["license"]
     papers = {paper["identifiers"][0]["value"] for paper in citation["references"]}
     assert {f"arXiv:{url.rpartition('/')[2]}" for url in PROJECT["urls"].values()} == papers
+
+
+def test_the_readme_says_which_notebooks_need_more_than_their_own_extra():
+    torch = {"torch", "transformers", "peft", "accelerate", "datasets", "lm_eval", "wdlib.lora"}
+    need = []
+    for path in sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
+        cells = nbformat.read(path, as_version=4).cells
+        source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        named = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                named |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                named |= {node.module.split(".")[0], *inner}
+        if named & torch:
+            need.append(path.name[:2])
+    readme = " ".join((paths.ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"; {', '.join(need[:-1])} and {need[-1]} need `lora` too" in readme
 
 
 def test_conda_installs_the_same_versions():
