@@ -172,6 +172,15 @@ def test_the_copy_holds_the_outputs_and_nothing_of_this_run(house, write_noteboo
     assert nbformat.writes(same) + "\n" == first
 
 
+def test_results_of_a_notebook_go_where_ours_do(house, write_notebook, monkeypatch):
+    monkeypatch.setattr(paths, "HOME", house / "home")
+    code = "from wdlib import paths\nprint(paths.HOME, paths.OWN_RESULTS)"
+    notebook = write_notebook(house / "n.ipynb", code)
+    notebooks.run_notebook(notebook, output=house / "out.ipynb")
+    said = nbformat.read(house / "out.ipynb", as_version=4).cells[-1].outputs[0].text
+    assert said == f"{house / 'home'} {house / 'home' / 'data' / 'results'}\n"
+
+
 def test_another_python3_kernel_does_not_get_in(house, write_notebook, monkeypatch):
     wrong = house / "jupyter" / "kernels" / "python3"
     wrong.mkdir(parents=True)
