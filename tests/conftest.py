@@ -20,6 +20,7 @@ def house(tmp_path, monkeypatch):
     """A folder of the test, with all places that the package writes to in it, and empty."""
     for name in ("SPECTRA", "RESULTS", "CACHE", "FIGURES", "NOTEBOOKS"):
         monkeypatch.setattr(paths, name, tmp_path / name.lower())
+    monkeypatch.setattr(paths, "OWN_RESULTS", paths.RESULTS)
     return tmp_path
 
 

@@ -1,16 +1,17 @@
 """One set of versions: pyproject.toml, requirements.lock, environment.yml, what is installed."""
 
+import ast
 import re
 import tomllib
-from fnmatch import fnmatch
 from importlib.metadata import distribution, distributions
 
+import nbformat
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from wdlib import paths
+from wdlib import __version__, paths
 
 PYPROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
@@ -75,16 +76,45 @@ def test_what_is_installed_is_what_is_locked():
 
 
 def test_an_installed_copy_has_every_room():
-    include = SETUPTOOLS["packages"]["find"]["include"]
     files = [path for path in (paths.ROOT / "wdlib").rglob("*.*") if path.suffix != ".pyc"]
-    for folder in {path.parent for path in files}:
-        name = ".".join(folder.relative_to(paths.ROOT).parts)
-        assert (folder / "__init__.py").is_file()
-        assert any(fnmatch(name, pattern) for pattern in include)
+    folders = {path.parent for path in files}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
+    rooms = {".".join(folder.relative_to(paths.ROOT).parts) for folder in folders}
+    assert SETUPTOOLS["packages"] == sorted({*rooms, "wdlib.data"})
     data = SETUPTOOLS["package-data"]["wdlib"]
     others = [path for path in files if path.suffix != ".py"]
     assert {path.name for path in others} >= {"py.typed", paths.STYLE.name}
     assert [p for p in others if not any(p.match(f"wdlib/{name}") for name in data)] == []
+
+
+def test_the_project_says_who_made_it_as_the_citation_does():
+    citation = yaml.safe_load((paths.ROOT / "CITATION.cff").read_text())
+    assert [author["name"] for author in PROJECT["authors"]] == [
+        author["name"] for author in citation["authors"]
+    ]
+    assert citation["version"] == __version__
+    assert citation["license"] == PROJECT["license"]
+    papers = {paper["identifiers"][0]["value"] for paper in citation["references"]}
+    assert {f"arXiv:{url.rpartition('/')[2]}" for url in PROJECT["urls"].values()} == papers
+
+
+def test_the_readme_says_which_notebooks_need_more_than_their_own_extra():
+    torch = {"torch", "transformers", "peft", "accelerate", "datasets", "lm_eval", "wdlib.lora"}
+    need = []
+    for path in sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
+        cells = nbformat.read(path, as_version=4).cells
+        source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        named = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                named |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                named |= {node.module.split(".")[0], *inner}
+        if named & torch:
+            need.append(path.name[:2])
+    readme = " ".join((paths.ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"; {', '.join(need[:-1])} and {need[-1]} need `lora` too" in readme
 
 
 def test_conda_installs_the_same_versions():

@@ -6,6 +6,8 @@ whose `__init__` is its face. It imports only stations before it, and importing 
 imports none of them.
 """
 
+import re
+
 __version__ = "0.1.0"
 
 TYPES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -17,5 +19,10 @@ class WdlibError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message without its full stop, or the error's type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """The first line of an error's message without its full stop, or the error's type.
+
+    Of the system's errors that is the reason alone, without its number and the name of the file.
+    """
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    first = (message.strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return re.sub(r"^\[Errno -?\d+\] ", "", first)

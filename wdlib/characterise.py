@@ -405,8 +405,10 @@ def _label(
 
 
 def stored_file(model: str, rank: int) -> Path:
-    """Where the characterisation of a model with stored spectra is kept."""
-    return paths.RESULTS / "characterisation" / f"{model}-r{rank}.json"
+    """Where the characterisation of a model is kept: the project's if it has one, or one's own."""
+    name = Path("characterisation") / f"{model}-r{rank}.json"
+    shipped = paths.RESULTS / name
+    return shipped if shipped.is_file() else paths.OWN_RESULTS / name
 
 
 def save(characterisation: Characterisation, path: str | Path) -> Path:

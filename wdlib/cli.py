@@ -1,29 +1,69 @@
+# PYTHON_ARGCOMPLETE_OK
 """The `wdlib` command: reads arguments, calls the library, prints; a failure is one line."""
 
 import argparse
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from wdlib import TYPES, WdlibError, __version__, paths
+from wdlib import TYPES, WdlibError, __version__, first_line, paths
+
+if TYPE_CHECKING:
+    from wdlib.spectra.store import Spectra
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status (2 for wrong usage, 130 when interrupted)."""
-    options = _parser().parse_args(arguments)
+    """Run one subcommand; returns the exit status.
+
+    2 for wrong usage, 130 when interrupted, 141 when nobody reads the output to its end.
+    """
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(_joined(words))
     try:
         options.command(options)
-    except (WdlibError, OSError) as error:
-        unfinished = "\r\x1b[K" if sys.stderr.isatty() else ""
-        print(f"{unfinished}wdlib: {_printable(str(error))}", file=sys.stderr)
-        return 1
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except ModuleNotFoundError as error:
+        from wdlib.notebooks import lacking
+
+        return _failed(lacking(error.name or ""))
+    except OSError as error:
+        return _failed(f"{error.filename}: " * bool(error.filename) + first_line(error))
+    except WdlibError as error:
+        return _failed(str(error))
     except KeyboardInterrupt:
         print("wdlib: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _failed(text: str) -> int:
+    unfinished = "\r\x1b[K" if sys.stderr.isatty() else ""
+    print(f"{unfinished}wdlib: {_printable(text)}", file=sys.stderr)
+    return 1
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with "-p NAME VALUE" written as "-p NAME=VALUE"."""
+    joined: list[str] = []
+    for word in words:
+        if joined[-2:-1] == ["-p"] and "=" not in joined[-1]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _printable(text: str) -> str:
@@ -72,11 +112,14 @@ def _fetch(options: argparse.Namespace) -> None:
 
 def _models(options: argparse.Namespace) -> None:
     from wdlib.checkpoints.catalogue import models
+    from wdlib.spectra import store
 
-    rows = [("name", "hub id", "family", "licence", "access")]
+    rows = [("name", "hub id", "family", "licence", "weights from", "stored spectra")]
     for name, model in models().items():
-        access = "gated" if model.gated else "open"
-        rows.append((name, model.hub_id, model.family, model.license, access))
+        hub = "hub, gated" if model.gated else "hub"
+        place = "package index" if model.sources[0].kind == "wheel" else hub
+        kept = f"rank {store.load(name).rank}" if store.is_stored(name) else "-"
+        rows.append((name, model.hub_id, model.family, model.license, place, kept))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         padded = (text.ljust(width) for text, width in zip(row, widths, strict=True))
@@ -88,15 +131,33 @@ def _spectra(options: argparse.Namespace) -> None:
 
     chosen = {"types": options.types, "layers": options.layers, "shard": options.shard}
     chosen |= {"device": options.device, "workers": options.workers, "stack": options.stack}
-    made = jobs.compute_to(options.out, options.model, options.rank, progress=True, **chosen)
-    if stack := made.provenance.get("stack"):
+    found = jobs.compute_to(options.out, options.model, options.rank, progress=True, **chosen)
+    if stack := found.provenance.get("stack"):
         _say(f"read the stack {stack}")
+    following = f"wdlib characterise {_quoted(options.out)} --out FILE"
+    number, shards = options.shard
+    if shards > 1:
+        following = f"wdlib merge FILES --out FILE, with all {shards} shards"
+    _wrote_spectra(options.out, found, following, f"shard {number} of {shards}, " * (shards > 1))
+
+
+def _wrote_spectra(path: Path, found: "Spectra", following: str, about: str = "") -> None:
+    matrices = sum(len(values) for values in found.values.values())
+    _say(f"wrote {path}: {about}{matrices} matrices of {found.model}, {found.rank} values each")
+    _say(f"next: {following}")
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def _merge(options: argparse.Namespace) -> None:
     from wdlib.spectra import jobs, store
 
-    store.save(jobs.merge([store.load(path) for path in options.shards]), options.out)
+    found = jobs.merge([store.load(path) for path in options.shards])
+    store.save(found, options.out)
+    following = f"wdlib characterise {_quoted(options.out)} --out FILE"
+    _wrote_spectra(options.out, found, following)
 
 
 def _characterise(options: argparse.Namespace) -> None:
@@ -105,6 +166,8 @@ def _characterise(options: argparse.Namespace) -> None:
 
     found = characterise.characterise(store.load(options.spectra, rank=options.rank))
     characterise.save(found, options.out)
+    groups = "; ".join(", ".join(group.types) for group in found.groups)
+    _say(f"wrote {options.out}: {found.model} at rank {found.rank}, groups {groups}")
 
 
 def _stored(options: argparse.Namespace) -> None:
@@ -191,82 +254,151 @@ def _experiments(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="wdlib", description="Weight distributions of LLMs.")
+    parser = argparse.ArgumentParser(
+        prog="wdlib",
+        description="Weight distributions of LLMs.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"wdlib {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
-        name: str, function: Callable[[argparse.Namespace], None], text: str
+        name: str, function: Callable[[argparse.Namespace], None], text: str, *examples: str
     ) -> Callable[..., argparse.Action]:
         """A subcommand; returns the function that adds its arguments."""
-        added = commands.add_parser(name, help=text)
+        added = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog="\n".join(["examples:", *(f"  wdlib {name}{example}" for example in examples)]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         added.set_defaults(command=function)
         return added.add_argument
 
-    add = command("figures", _figures, "draw the figures that are out of date")
-    add("--force", action="store_true", help="draw all of them")
-    add("--only", metavar="NN", help="only notebooks whose name starts so")
-
-    add = command("refresh", _refresh, "run the notebooks and store their outputs")
-    add("--only", metavar="NN", help="only notebooks whose name starts so")
-
-    add = command("run", _run, "run one notebook, with other parameters if given")
-    add("notebook", metavar="NOTEBOOK", help="a path, or the start of a name (03)")
-    add("-p", dest="parameters", nargs="+", action=_Parameter, default=[])
-    add("--output", type=Path, metavar="FILE", help="the executed copy")
-
-    add = command("fetch", _fetch, "bring a model's files to this machine")
-    add("model", metavar="MODEL", nargs="?", help="default: the notebooks'")
-
-    command("models", _models, "list the catalogue of models")
-
-    add = command("spectra", _spectra, "compute and store top singular values")
+    only = {"metavar": "NN", "help": "notebooks whose name starts so, default: all"}
     what = "catalogue name, hub id (hf://... to leave the weights there), folder or file"
-    add("model", metavar="MODEL", help=what)
-    add("--rank", type=int, default=16, metavar="R")
-    add("--out", type=Path, required=True, metavar="FILE")
+    rank = {"type": int, "default": 16, "metavar": "R", "help": "values per matrix, default: 16"}
+    out = {"type": Path, "required": True, "metavar": "FILE"}
+    weights = "where the weights of a model are, default: where the catalogue has them"
+
+    text = "draw the figures that are out of date"
+    add = command("figures", _figures, text, "", " --only 03 --force")
+    add("--force", action="store_true", help="draw those too that are up to date")
+    add("--only", **only)
+
+    add = command("refresh", _refresh, "run the notebooks and store their outputs", " --only 03")
+    add("--only", **only)
+
+    text = "run one notebook, with other parameters if given"
+    add = command(
+        "run", _run, text, " 3", " 03 -p model=gemma-3-270m -p rank 64 --output out.ipynb"
+    )
+    _complete(add("notebook", metavar="NOTEBOOK", help="its number, or a path"), _notebook_names)
+    parameter = "a parameter of the notebook (or NAME VALUE), default: as it stands in it"
+    option = {"action": "append", "default": [], "metavar": "NAME=VALUE", "help": parameter}
+    add("-p", dest="parameters", type=_parameter, **option)
+    executed = "the executed copy, default: in the cache"
+    add("--output", type=Path, metavar="FILE", help=executed)
+
+    text = "bring a model's files to this machine"
+    add = command("fetch", _fetch, text, "", " qwen2.5-coder-0.5b-instruct")
+    model = "catalogue name or hub id, default: that of the notebooks"
+    _complete(add("model", metavar="MODEL", nargs="?", help=model), _model_names)
+
+    command("models", _models, "list the catalogue of models", "")
+
+    examples = (
+        " gemma-3-270m --rank 64 --out gemma.safetensors",
+        " hf://meta-llama/Llama-3.1-70B --types q --shard 1/4 --out q1.safetensors",
+    )
+    add = command("spectra", _spectra, "compute and store top singular values", *examples)
+    _complete(add("model", metavar="MODEL", help=what), _model_names)
+    add("--rank", **rank)
+    add("--out", **out, help="ends in .safetensors; what is finished is kept beside it until then")
     add("--layers", type=_layers, metavar="0-9,20", help="default: all")
     which = f"default: {','.join(TYPES)}, as far as there are any"
     add("--types", type=_types, default=TYPES, metavar="q,k", help=which)
     stack = "encoder, vision, ... or a name; default: the language model's, or the decoder"
     add("--stack", metavar="NAME", help=stack)
-    dealt = "the I-th of N equal jobs; then `wdlib merge`"
+    dealt = "the I-th of N equal jobs, then `wdlib merge`; default: 1/1"
     add("--shard", type=_shard, default=(1, 1), metavar="I/N", help=dealt)
     number = "processes, default: one per core, as far as memory and work go"
     add("--workers", type=_positive, metavar="N", help=number)
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ... or mps")
 
-    add = command("merge", _merge, "join the spectra of all shards of a model")
-    add("shards", metavar="FILE", nargs="+", type=Path)
-    add("--out", type=Path, required=True, metavar="FILE")
+    text = "join the spectra of all shards of a model"
+    add = command("merge", _merge, text, " q1.safetensors q2.safetensors --out q.safetensors")
+    add("shards", metavar="FILE", nargs="+", type=Path, help="all that `wdlib spectra` wrote")
+    add("--out", **out, help="ends in .safetensors")
 
-    add = command("characterise", _characterise, "classes and groups from spectra")
+    text = "classes and groups from spectra"
+    add = command("characterise", _characterise, text, " gemma.safetensors --out gemma.json")
     stored = "a model whose spectra are stored, or a file of `wdlib spectra`"
-    add("spectra", metavar="SPECTRA", help=stored)
+    _complete(add("spectra", metavar="SPECTRA", help=stored), _model_names)
     add("--rank", type=int, metavar="R", help="default: all that are there")
-    add("--out", type=Path, required=True, metavar="FILE")
+    add("--out", **out, help="as JSON")
 
-    add = command("stored", _stored, "list what is in data/, and what is out of date")
-    where = "where the weights of a model are, if not where the catalogue has them"
-    add("sources", metavar="MODEL=SOURCE", nargs="*", type=_source, help=where)
+    text = "list what is stored, and what of it is out of date"
+    add = command("stored", _stored, text, "", " gemma-3-270m=path/to/gemma")
+    add("sources", metavar="MODEL=SOURCE", nargs="*", type=_source, help=weights)
 
-    add = command("fingerprint", _fingerprint, "both vectors, and what model it may be")
-    add("models", metavar="MODEL", nargs="+", help="as for spectra")
-    add("--rank", type=int, default=16, metavar="R")
+    text = "both vectors of a model, and what model it may be"
+    examples = (" path/to/checkpoint", " one.gguf other.gguf --rank 64 --family Llama")
+    add = command("fingerprint", _fingerprint, text, *examples)
+    _complete(add("models", metavar="MODEL", nargs="+", help=what), _model_names)
+    add("--rank", **rank)
     number = "of the clustering vector, default: 7"
     add("--clusters", type=_positive, default=7, metavar="K", help=number)
-    add("--family", metavar="NAME", help="to store, if it is known")
+    family = "to store, default: that of the catalogue or none"
+    add("--family", metavar="NAME", help=family)
 
-    add = command("experiments", _experiments, "run what is left of a grid of LoRA runs")
+    text = "run what is left of a grid of LoRA runs"
+    examples = (" --dry-run", " mine.yaml --only tier1 --data-folder benchmarks")
+    add = command("experiments", _experiments, text, *examples)
     grid = paths.DATA / "experiments" / "grid.yaml"
-    add("grid", nargs="?", type=Path, default=grid, metavar="GRID")
-    add("--data-folder", type=Path, metavar="F", help="default: the hub")
-    add("--only", metavar="TIER", help="a tier, or the start of keys")
+    which = "default: the project's, data/experiments/grid.yaml"
+    add("grid", nargs="?", type=Path, default=grid, metavar="GRID", help=which)
+    data = "of benchmarks and training data, default: the hub"
+    add("--data-folder", type=Path, metavar="F", help=data)
+    add("--only", metavar="TIER", help="a tier, or the start of keys, default: all")
     add("--results", type=Path, metavar="F", help="for runs that are not those of this checkout")
     add("--dry-run", action="store_true", help="list cells and states")
     add("--workers", type=_positive, default=1, metavar="N", help="cells at a time")
     add("--threads", type=_positive, metavar="N", help="of each; default: 2 if there are enough")
     return parser
+
+
+_EPILOG = """\
+`wdlib COMMAND --help` has examples. Results of your own go to the working folder or WDLIB_HOME,
+downloads to the cache or WDLIB_CACHE. Completion in the shell, for bash and zsh:
+  eval "$(register-python-argcomplete wdlib)"
+"""
+
+
+def _complete(argument: argparse.Action, names: Callable[[], Iterable[str]]) -> None:
+    """Let the shell complete an argument with names, beside files."""
+
+    def completer(prefix: str, **_: Any) -> list[str]:
+        from argcomplete.completers import FilesCompleter
+
+        known = [name for name in names() if name.startswith(prefix)]
+        return known + [str(path) for path in FilesCompleter()(prefix)]
+
+    argument.completer = completer  # type: ignore[attr-defined]
+
+
+def _model_names() -> Iterable[str]:
+    from wdlib.checkpoints.catalogue import models
+
+    return models()
+
+
+def _notebook_names() -> Iterable[str]:
+    from wdlib.notebooks import numbered
+
+    return [path.name[:2] for path in numbered()]
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -313,17 +445,9 @@ def _shard(text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
-class _Parameter(argparse.Action):
-    """Collects `-p name value` and `-p name=value` as pairs."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        pair = values if len(values) == 2 else values[0].split("=", 1)
-        if len(values) > 2 or len(pair) != 2:
-            parser.error(f"-p takes NAME VALUE or NAME=VALUE, not {' '.join(values)!r}")
-        namespace.parameters = [*namespace.parameters, tuple(pair)]
+def _parameter(text: str) -> tuple[str, str]:
+    """Name and value from "name=value"."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"write NAME=VALUE or NAME VALUE, not {text!r}")
+    return name, value

@@ -8,7 +8,10 @@ kernel and nbformat are imported where they are used.
 import ast
 import builtins
 import hashlib
+import importlib.metadata
 import json
+import os
+import re
 import time
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -32,19 +35,25 @@ _INJECTED = "injected-parameters"
 """papermill's tag of the cell with the parameters that were given."""
 
 
-def check_parameters(namespace: Mapping[str, Any]) -> None:
+def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse a notebook's parameters where one is unknown or of the wrong type.
 
-    Called in a notebook as `check_parameters(globals())`, straight after the parameters cell. The
-    annotations in that cell say what is allowed; the cell that papermill injects after it, which
-    the kernel's input history holds, says what was given. Without such a cell (JupyterLab, default
-    run) the types alone are checked, so names that other cells define never matter.
+    Called in a notebook as `changed = check_parameters(globals())`, straight after the parameters
+    cell. The annotations in that cell say what is allowed; the cell that papermill injects after
+    it, which the kernel's input history holds, says what was given. Without such a cell
+    (JupyterLab, default run) the types alone are checked, so names that other cells define never
+    matter.
 
+    Returns: the parameters that are not as the notebook declares them, by name, for its banner and
+    `plots.folder`. What a session declared first counts: a value that is edited before the cell's
+    first run is taken for the default.
     Raises: WdlibError that names the parameter, and what is known or expected.
     """
-    declared = namespace.get("__annotations__", {})
-    names = [*declared, *_injected(namespace.get("In", []))]
+    declared, history = namespace.get("__annotations__", {}), namespace.get("In", [])
+    names = [*declared, *_injected(history)]
     _check(declared, {name: namespace[name] for name in names if name in namespace})
+    defaults = _defaults(history).items()
+    return {name: namespace[name] for name, value in defaults if namespace[name] != value}
 
 
 def declared_parameters(notebook: str | Path) -> dict[str, Any]:
@@ -105,15 +114,21 @@ def parameters_from_text(notebook: str | Path, texts: Mapping[str, str]) -> dict
 
 
 def find_notebook(name: str | Path) -> Path:
-    """The notebook of that path, or the numbered one whose name starts with it ("03").
+    """The notebook of that path, or the numbered one whose name starts with it ("03", or "3").
 
     Raises: WdlibError for no match, or several.
     """
     if Path(name).is_file():
         return Path(name)
-    found = [path for path in _numbered() if path.name.startswith(str(name))]
+    start = str(name).zfill(2) if str(name).isdecimal() else str(name)
+    found = [path for path in numbered() if path.name.startswith(start)]
+    if not numbered():
+        raise WdlibError(
+            f"there are no notebooks in {paths.NOTEBOOKS}: they are in a checkout of the project, "
+            "so call this there, or give the path of one"
+        )
     if len(found) != 1:
-        known = ", ".join(path.stem for path in found or _numbered())
+        known = ", ".join(path.stem for path in found or numbered())
         raise WdlibError(f"no single notebook is called {str(name)!r}: choose one of {known}")
     return found[0]
 
@@ -257,6 +272,10 @@ def _execute(
         if error.ename == "WdlibError":
             failed.unlink(missing_ok=True)
             raise WdlibError(error.evalue) from None
+        if error.ename == "ModuleNotFoundError" and error.evalue.count("'") == 2:
+            failed.unlink(missing_ok=True)
+            module = error.evalue.split("'")[1]
+            raise WdlibError(f"{notebook.name} cannot run: {lacking(module)}") from None
         what = f"{error.ename}: {error.evalue.strip()}".splitlines()[0].rstrip(": ")
         raise WdlibError(
             f"{notebook.name} stopped in cell [{error.exec_count}] with {what}; "
@@ -267,6 +286,25 @@ def _execute(
         raise WdlibError(
             f"the kernel of {notebook.name} stopped ({what}): most often memory ran out"
         ) from None
+
+
+def lacking(module: str) -> str:
+    """The sentence for a module that is not installed, with the extra that brings it."""
+    package = module.split(".")[0]
+    wanted = {"yaml": "pyyaml"}.get(package, package).replace("_", "-")
+    try:
+        needed = importlib.metadata.requires("wdlib") or []
+    except importlib.metadata.PackageNotFoundError:
+        needed = []
+    pattern = re.compile(rf"{re.escape(wanted)}\W.*extra == ['\"](\w+)['\"]")
+    for text in needed:
+        if found := pattern.match(text.replace("_", "-")):
+            extra = found[1]
+            return (
+                f"{package} is not installed, it comes with the extra `{extra}`: in the project's "
+                f'folder, `pip install ".[{extra}]"`'
+            )
+    return f"{package} is not installed: install it into the environment that wdlib runs in"
 
 
 def _this_interpreter() -> type:
@@ -289,7 +327,9 @@ def _this_interpreter() -> type:
         async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
             # What the cells write to stderr comes over the channels. Left on the process's own
             # stderr are the debugger's and the transport's start-up notices.
-            await super().start_kernel(stderr=DEVNULL, **options)
+            # The notebook runs in its own folder; its results go where ours do.
+            home = {**os.environ, "WDLIB_HOME": str(paths.HOME)}
+            await super().start_kernel(stderr=DEVNULL, env=home, **options)
 
     return Manager
 
@@ -350,13 +390,37 @@ def _injected(history: list[str]) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def _numbered() -> list[Path]:
+def _defaults(history: list[str]) -> dict[str, Any]:
+    """Names and values of the first cell that holds nothing but annotated, plain values."""
+    for source in history:
+        try:
+            body = ast.parse(source).body
+        except SyntaxError:  # a magic
+            continue
+        found = [(n.target, n.value) for n in body if isinstance(n, ast.AnnAssign) and n.value]
+        if found and len(found) == len(body):
+            return {ast.unparse(target): _plain(value) for target, value in found}
+    return {}
+
+
+def _plain(value: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except ValueError as error:
+        text = ast.unparse(value)
+        raise WdlibError(
+            f"a parameter is declared as {text}: write a number, a text, or a list of these"
+        ) from error
+
+
+def numbered() -> list[Path]:
+    """The numbered notebooks, in their order."""
     return sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 
 
 def _labelled(only: str | None) -> Iterator[tuple[str, Path]]:
     """The numbered notebooks whose name starts with `only`, each with its place in the row."""
-    chosen = [path for path in _numbered() if path.name.startswith(only or "")]
+    chosen = [path for path in numbered() if path.name.startswith(only or "")]
     if not chosen:
         raise WdlibError(f"no notebook in {paths.NOTEBOOKS} starts with {only or 'two digits'!r}")
     for place, path in enumerate(chosen, start=1):

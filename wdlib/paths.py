@@ -1,8 +1,11 @@
 """Where things are, and how a file gets there whole and comes back. Nothing else computes a path.
 
-The project runs from a checkout (`make`, or `pip install -e .`): data, notebooks and figures stand
-beside the package. Two environment variables move what is written: `WDLIB_CACHE` the downloads and
-intermediate results, `WDLIB_FIGURES` the figures.
+A checkout (`make`, or `pip install -e .`) has data, notebooks and figures beside the package, and
+everything is written there. An installed copy carries the catalogue, stored spectra, fingerprints
+and characterisations inside the package. Its cache is the user's, and results of one's own go to
+the working folder, in the same folders as in a checkout. Three environment variables move what is
+written: `WDLIB_CACHE` downloads and intermediate results, `WDLIB_HOME` results and figures,
+`WDLIB_FIGURES` the figures alone.
 """
 
 import gzip
@@ -22,20 +25,38 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
-from wdlib import WdlibError
+from wdlib import WdlibError, first_line
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
 
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent
+_CARRIED = PACKAGE / "data"
+_IS_INSTALLED = _CARRIED.is_dir()
+
+
+def _user_cache() -> Path:
+    import platformdirs
+
+    return platformdirs.user_cache_path("wdlib", appauthor=False)
+
+
+def _given(variable: str, default: Path) -> Path:
+    """The folder that an environment variable names, if it is set and not empty."""
+    return Path(os.environ.get(variable) or default).expanduser().absolute()
+
+
+HOME = _given("WDLIB_HOME", Path.cwd() if _IS_INSTALLED else PACKAGE.parent)
+ROOT = HOME if _IS_INSTALLED else PACKAGE.parent
+DATA = _CARRIED if _IS_INSTALLED else ROOT / "data"
+CACHE = _given("WDLIB_CACHE", _user_cache() if _IS_INSTALLED else DATA / "cache")
 NOTEBOOKS = ROOT / "notebooks"
-DATA = ROOT / "data"
+CATALOGUE = DATA / "models.toml"
 SPECTRA = DATA / "spectra"
 RESULTS = DATA / "results"
-CATALOGUE = DATA / "models.toml"
-CACHE = Path(os.environ.get("WDLIB_CACHE", DATA / "cache")).expanduser().absolute()
-FIGURES = Path(os.environ.get("WDLIB_FIGURES", ROOT / "figures")).expanduser().absolute()
-STYLE = ROOT / "wdlib" / "wdlib.mplstyle"
+OWN_RESULTS = HOME / "data" / "results"
+FIGURES = _given("WDLIB_FIGURES", HOME / "figures")
+STYLE = PACKAGE / "wdlib.mplstyle"
 
 TEXT_BYTES = 2**28
 """Larger files, unpacked, are no texts of this project, nor data that it is made for."""
@@ -171,7 +192,7 @@ def read_json(
             raise OSError(f"it is no file of up to {TEXT_BYTES} bytes")
         content = Path(path).read_bytes()
     except OSError as error:
-        raise WdlibError(f"{path} does not hold {what} ({error}): {remedy}") from error
+        raise WdlibError(f"{path} does not hold {what} ({first_line(error)}): {remedy}") from error
     return parse_json(
         content, kind, what=f"{path} does not hold {what}", remedy=remedy, others=others
     )

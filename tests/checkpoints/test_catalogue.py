@@ -69,11 +69,11 @@ def test_default_model_is_the_file_that_is_known():
     assert files.content_hash(checkpoint) == sha256(path.read_bytes())
 
 
-def test_without_a_checkout_the_remedy_is_named(tmp_path, monkeypatch):
+def test_without_a_catalogue_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "CATALOGUE", tmp_path / "models.toml")
     catalogue.models.cache_clear()
     try:
-        with pytest.raises(WdlibError, match=r"models\.toml is not there: .*pip install -e"):
+        with pytest.raises(WdlibError, match=r"models\.toml is not there, .*: install it again"):
             files.resolve("hf://organisation/name")
     finally:
         catalogue.models.cache_clear()

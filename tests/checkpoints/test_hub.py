@@ -316,7 +316,7 @@ def test_progress_begins_a_new_row_of_failures(server, folder):
     assert server.faults == []
 
 
-def test_waiting(server, monkeypatch):
+def test_waiting(server, monkeypatch, caplog):
     waited = []
     monkeypatch.setattr(hub.time, "sleep", waited.append)
     patience = Patience(attempts=9, wait=1.0, longest=20.0)
@@ -324,6 +324,10 @@ def test_waiting(server, monkeypatch):
     for _ in range(7):
         attempts.failed(ConnectionError("gone"))
     assert waited == [1, 2, 4, 8, 16, 20, 20]
+    said = [
+        re.search(r"after (\d+) more failures \((\d+) s of", m).groups() for m in caplog.messages
+    ]
+    assert said == [(str(8 - n), f"{sum([*waited, 20][n:]):.0f}") for n in range(7)]
     attempts.failed(ConnectionError("gone"), progress=True)
     assert waited[-1] == 1
 
@@ -438,7 +442,8 @@ def test_a_hub_out_of_reach_and_offline(server, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     close_session()
     use(monkeypatch, "http://127.0.0.1:9")
-    with pytest.raises(WdlibError, match=r"lab/tiny could not be read .*refused.*check the net"):
+    refused = r"could not be read .* \(Connection refused\): check the net"
+    with pytest.raises(WdlibError, match=refused):
         files.resolve("hf://lab/tiny")
 
 

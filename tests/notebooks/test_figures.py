@@ -111,9 +111,15 @@ def test_progress_names_notebook_cell_and_time(two):
 def test_a_number_that_no_notebook_has_is_an_error(two):
     with pytest.raises(WdlibError, match="starts with '07'"):
         notebooks.figures(only="07")
-    with pytest.raises(WdlibError, match="called '0': choose one of 00_a, 01_b"):
-        notebooks.find_notebook("0")
-    assert notebooks.find_notebook("01").stem == "01_b"
+    with pytest.raises(WdlibError, match="called '7': choose one of 00_a, 01_b"):
+        notebooks.find_notebook("7")
+    for name in ("1", "01", "01_"):
+        assert notebooks.find_notebook(name).stem == "01_b"
+
+
+def test_where_there_are_no_notebooks_that_is_said(house):
+    with pytest.raises(WdlibError, match=r"no notebooks in .*: they are in a checkout"):
+        notebooks.find_notebook("03")
 
 
 def test_the_command_runs_a_notebook_with_both_ways_to_give_a_parameter(two, capsys):

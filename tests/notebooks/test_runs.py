@@ -58,6 +58,27 @@ def test_an_unknown_name_or_a_wrong_type_is_named(injected, message):
         notebooks.check_parameters(namespace(**injected))
 
 
+def test_what_is_not_as_declared_is_returned():
+    assert notebooks.check_parameters(namespace()) == {}
+    assert notebooks.check_parameters(namespace(model="a", rank=8)) == {"rank": 8}
+    later = namespace()
+    later["In"] += ["%matplotlib inline", "texts: list[str] = ['a']"]
+    assert notebooks.check_parameters(later | {"texts": ["b"], "layers": [1]}) == {"layers": [1]}
+
+
+def test_a_value_edited_in_a_session_is_not_as_declared():
+    again = namespace()
+    edited = PARAMETERS.replace("16", "64")
+    exec(edited, again)
+    again["In"].append(edited)
+    assert notebooks.check_parameters(again) == {"rank": 64}
+
+
+def test_a_default_is_a_plain_value():
+    with pytest.raises(WdlibError, match=r"declared as len\('a'\): write a number, a text, or"):
+        notebooks.check_parameters(namespace("rank: int = len('a')"))
+
+
 def test_the_last_injected_cell_counts():
     names = namespace(rank=8)
     names["In"].insert(2, "# Parameters\nmodle = 'b'\n")
@@ -149,6 +170,15 @@ def test_the_copy_holds_the_outputs_and_nothing_of_this_run(house, write_noteboo
     for cell, name in zip(same.cells, ids, strict=True):
         cell.id = name  # papermill gives its own cell a new random id
     assert nbformat.writes(same) + "\n" == first
+
+
+def test_results_of_a_notebook_go_where_ours_do(house, write_notebook, monkeypatch):
+    monkeypatch.setattr(paths, "HOME", house / "home")
+    code = "from wdlib import paths\nprint(paths.HOME, paths.OWN_RESULTS)"
+    notebook = write_notebook(house / "n.ipynb", code)
+    notebooks.run_notebook(notebook, output=house / "out.ipynb")
+    said = nbformat.read(house / "out.ipynb", as_version=4).cells[-1].outputs[0].text
+    assert said == f"{house / 'home'} {house / 'home' / 'data' / 'results'}\n"
 
 
 def test_another_python3_kernel_does_not_get_in(house, write_notebook, monkeypatch):

@@ -55,8 +55,7 @@ def models() -> dict[str, Model]:
     """The models of data/models.toml by name."""
     if not paths.CATALOGUE.is_file():
         raise WdlibError(
-            f"{paths.CATALOGUE} is not there: wdlib runs from a checkout of its project, which "
-            "`pip install -e .` installs."
+            f"{paths.CATALOGUE} is not there, so this copy of wdlib is not whole: install it again."
         )
     what, remedy = f"{paths.CATALOGUE} is no catalogue of models", "correct it"
     try:

@@ -73,10 +73,10 @@ def resolve(model: str | Path | Checkpoint) -> Checkpoint:
     if isinstance(model, str) and _HUB_ID.fullmatch(model) and path.suffix not in listing.FORMATS:
         return _from_hub(model, model.rsplit("/", 1)[-1])
     near = difflib.get_close_matches(str(model).lower(), models(), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}, or" if near else "give a name of data/models.toml,"
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise WdlibError(
-        f"There is no model, file or folder {str(model)!r}: {hint} a hub id (organisation/name), "
-        "an existing folder or an existing file?"
+        f"There is no model, file or folder {str(model)!r}: give a name that `wdlib models` lists, "
+        f"a hub id (organisation/name), an existing folder or an existing file.{hint}"
     )
 
 

@@ -224,11 +224,18 @@ class _Attempts:
                 f"({reason}): check the network and run the same command again."
             ) from error
         wait = _asked(response)
-        if wait is None:
-            wait = self.patience.wait * 2 ** (self.failures - 1)
-        wait = min(wait, self.patience.longest)
-        _log.warning("%s: %s; again in %.0f s", self.what, reason, wait)
+        wait = self._wait(self.failures) if wait is None else min(wait, self.patience.longest)
+        left = self.patience.attempts - self.failures
+        going_on = wait + sum(self._wait(self.failures + n) for n in range(1, left))
+        _log.warning(
+            "%s: %s; again in %.0f s, gives up after %d more failures (%.0f s of waiting)",
+            *(self.what, reason, wait, left, going_on),
+        )
         time.sleep(wait)
+
+    def _wait(self, failures: int) -> float:
+        """Seconds to wait after so many failures in a row, where the hub does not say."""
+        return min(self.patience.wait * 2 ** (failures - 1), self.patience.longest)
 
 
 def _asked(response: Any) -> float | None:

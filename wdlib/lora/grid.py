@@ -91,7 +91,12 @@ def cells(path: str | Path = GRID) -> tuple[Cell, ...]:
             raise ValueError(f"YAML reads a tier's name as {strange[0]}: put it in quotes")
         found = tuple(_expand(grid))
         _check_protocols(found)
-    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise WdlibError(
+            f"{path} cannot be read ({first_line(error)}): give the YAML file of a grid, such as "
+            f"{GRID}"
+        ) from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise WdlibError(f"{what} ({first_line(error)}): {remedy}") from error
     return found
 

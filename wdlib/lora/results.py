@@ -16,7 +16,7 @@ from wdlib.lora.benchmarks import TASKS
 from wdlib.lora.runs import UNTRAINED, Run
 from wdlib.lora.scores import Evaluation, Scores, correct, debiased
 
-RESULTS = paths.RESULTS / "experiments"
+RESULTS = paths.OWN_RESULTS / "experiments"
 
 
 @dataclass(frozen=True)

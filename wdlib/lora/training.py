@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-HELD_OUT_BATCH = {"cpu": 8, "cuda": 64}
+HELD_OUT_BATCH = {"cpu": 8, "cuda": 16}
 STEP0_EXAMPLES = 4
 """The first held-out examples, on which `measure.step0` is measured."""
 
