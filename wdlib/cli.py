@@ -234,6 +234,9 @@ def _experiments(options: argparse.Namespace) -> None:
     from wdlib.notebooks import Progress
     from wdlib.spectra import workers
 
+    if not options.dry_run:
+        import torch
+
     todo, places = chosen(options.grid, only=options.only), {"results": RESULTS, "work": WORK}
     if options.results:
         places = {"results": options.results, "work": options.results / "work"}
@@ -243,8 +246,6 @@ def _experiments(options: argparse.Namespace) -> None:
             name = "-" if needed is None else needed.stem
             print(f"{cell.tier}  {cell.run.key}  {name}  {state(cell, **places)}")
         return
-    import torch
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(options.threads or max(1, min(2, (cores or 1) // options.workers)))
     settings = {"data_folder": options.data_folder, **places}
@@ -363,7 +364,8 @@ def _parser() -> argparse.ArgumentParser:
     data = "of benchmarks and training data, default: the hub"
     add("--data-folder", type=Path, metavar="F", help=data)
     add("--only", metavar="TIER", help="a tier, or the start of keys, default: all")
-    add("--results", type=Path, metavar="F", help="for runs that are not those of this checkout")
+    own = "for runs of one's own, default: those of this checkout"
+    add("--results", type=Path, metavar="F", help=own)
     add("--dry-run", action="store_true", help="list cells and states")
     add("--workers", type=_positive, default=1, metavar="N", help="cells at a time")
     add("--threads", type=_positive, metavar="N", help="of each; default: 2 if there are enough")

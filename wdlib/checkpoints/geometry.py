@@ -106,10 +106,10 @@ def _of_config(configuration: Configuration, kind: str) -> Geometry:
     types = [_Fields(level, configuration.where).text("model_type") for level in reversed(levels)]
     own = () if kind not in ("encoder", "decoder") else (f"{kind}_layers", f"num_{kind}_layers")
     own_heads = (f"{kind}_attention_heads", f"num_{kind}_attention_heads") if own else ()
-    layers = fields.number(*own, *_LAYERS)
+    layers = fields.number(*own, *_LAYERS, least=1)
     of_lists = (len(v) for name in _LISTS if isinstance(v := fields.content.get(name), list))
     layers = next(of_lists, None) if layers is None else layers
-    heads = fields.number(*own_heads, *_HEADS)
+    heads = fields.number(*own_heads, *_HEADS, least=1)
     kv_heads = fields.number(*_KV_HEADS)
     # Falcon and StarCoder 1 say in a field of their own that all heads share keys and values.
     shared, new = fields.content.get("multi_query"), fields.content.get("new_decoder_architecture")
@@ -225,14 +225,14 @@ class _Fields:
             return value
         raise self._refusal(key, "a text")
 
-    def number(self, *keys: str) -> int | None:
+    def number(self, *keys: str, least: int = 0) -> int | None:
         key = self._key(keys)
         if key is None:
             return None
         value = self.content[key]
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
             return value
-        raise self._refusal(key, "a whole number")
+        raise self._refusal(key, f"a whole number from {least} on")
 
     def numbers(self, *keys: str) -> int | tuple[int, ...] | None:
         """A number, or one for each layer."""
