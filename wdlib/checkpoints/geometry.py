@@ -136,7 +136,7 @@ _LAYERS = (
 )
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KV_HEADS = (
-    *("attn_config.kv_n_heads", "num_key_value_heads", "num_kv_heads", "n_head_kv"),
+    *("attn_config.kv_n_heads", "num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv"),
     "multi_query_group_num",
 )
 _EXPERTS = (

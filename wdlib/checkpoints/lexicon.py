@@ -385,6 +385,12 @@ BOUND = (
     ("gpt_oss", "mlp.experts.down_proj", "down", "transposed"),
     ("llama4 llama4_text", "feed_forward.experts.gate_up_proj", "gate up", "transposed"),
     ("llama4 llama4_text", "feed_forward.experts.down_proj", "down", "transposed"),
+    # Meta's and Mistral's own files ("consolidated"), whose rotary embedding pairs the halves of a
+    # head as llama.cpp does: told by the name of their stack, and not by the configuration beside
+    ("mistral_large4 mistral_large4_text", "layers: attention.wq", "q", ""),
+    ("mistral_large4 mistral_large4_text", "layers: attention.wk", "k", ""),
+    ("*", "layers: attention.wq", "q", "rope"),
+    ("*", "layers: attention.wk", "k", "rope"),
     # llama.cpp. Its converter brings all attention that is joined into one order, and the rows of q
     # and k of these models into the order of its own rotary embedding (conversion/*.py: `permute`,
     # `_reverse_hf_permute`, `undo_permute`).
