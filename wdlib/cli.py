@@ -367,8 +367,8 @@ def _parser() -> argparse.ArgumentParser:
     own = "for runs of one's own, default: those of this checkout"
     add("--results", type=Path, metavar="F", help=own)
     add("--dry-run", action="store_true", help="list cells and states")
-    add("--workers", type=_positive, default=1, metavar="N", help="cells at a time")
-    add("--threads", type=_positive, metavar="N", help="of each; default: 2 if there are enough")
+    add("--workers", type=_positive, default=1, metavar="N", help="cells at a time, default: 1")
+    add("--threads", type=_positive, metavar="N", help="of each, default: 2 if there are enough")
     return parser
 
 

@@ -114,6 +114,33 @@ def test_gate_and_up_of_phi3_give_the_activations_own_inputs(saved):
         np.testing.assert_allclose(up * seen["act"].numpy(), seen["product"].numpy(), atol=2e-6)
 
 
+def test_files_of_meta_and_mistral_pair_the_halves_of_a_head(llama):
+    """Their names; the rows of q and k as the conversion to transformers finds them."""
+    before = tiny.read(llama)
+    leaves = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk"}
+    leaves |= {"self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo"}
+    leaves |= {"mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3"}
+    leaves |= {"mlp.down_proj": "feed_forward.w2"}
+
+    def consolidate(tensors):
+        found = {}
+        for name, data in tensors.items():
+            _, _, rest = name.partition("model.")
+            for theirs, own in leaves.items():
+                rest = rest.replace(theirs, own)
+            if heads := {"wq": 4, "wk": 2}.get(rest.split(".")[-2] if "." in rest else ""):
+                paired = data.reshape(heads, 2, len(data) // heads // 2, -1)
+                data = np.ascontiguousarray(paired.swapaxes(1, 2).reshape(data.shape))
+            found[rest or name] = data
+        return found
+
+    tiny.rewrite(llama, consolidate)
+    after = tiny.read(llama)
+    assert before.keys() == after.keys()
+    for key in before:
+        np.testing.assert_array_equal(before[key], after[key], err_msg=str(key))
+
+
 # Mixtures of experts, as other programs store them -------------------------------------------
 
 

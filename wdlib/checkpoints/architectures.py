@@ -87,7 +87,7 @@ def tensor_role(name: str, architectures: Collection[str] = ()) -> TensorRole | 
     where = place(name)
     if where is None:
         return None
-    known = _meaning(where.inner, tuple(architectures))
+    known = _meaning(where.stack, where.inner, tuple(architectures))
     if known is None:
         return None
     block, types, layout = known
@@ -129,17 +129,13 @@ _Known = tuple[str, tuple[str, ...], str]
 
 
 @lru_cache(4096)
-def _meaning(inner: str, architectures: tuple[str, ...]) -> _Known | None:
-    """What the rows say of a name in a layer."""
-    return _bound(inner, architectures) or _names().get(inner)
-
-
-def _bound(inner: str, architectures: Collection[str]) -> _Known | None:
-    """What a row says that is bound to a type of model."""
-    for models, types, layout in _bound_rows().get(inner, ()):
-        if models == ("*",) or not set(models).isdisjoint(architectures or "-"):
+def _meaning(stack: str, inner: str, architectures: tuple[str, ...]) -> _Known | None:
+    """What the rows say of a name in a layer: first those bound to a model or to a stack."""
+    bound = _bound_rows()
+    for models, types, layout in (*bound.get(f"{stack}: {inner}", ()), *bound.get(inner, ())):
+        if models == ("*",) or not set(models).isdisjoint(architectures):
             return _block(inner, layout), types, layout
-    return None
+    return _names().get(inner)
 
 
 @cache
@@ -147,7 +143,7 @@ def _bound_rows() -> dict[str, list[tuple[tuple[str, ...], tuple[str, ...], str]
     found: dict[str, list[tuple[tuple[str, ...], tuple[str, ...], str]]] = {}
     for models, inner, types, layout in lexicon.BOUND:
         row = tuple(models.split()), tuple(types.split()), layout
-        for name in inner.split():
+        for name in [inner] if ": " in inner else inner.split():
             found.setdefault(name, []).append(row)
     return found
 

@@ -267,8 +267,7 @@ _PERMUTED = (
 )
 
 BOUND = (
-    # `model_type` or `general.architecture`, "-" for none; block and leaf; types in their order;
-    # layout
+    # `model_type` or `general.architecture`; block and leaf; types in their order; layout
     ("gpt2 openai-gpt", "attn.c_attn", "q k v", "transposed"),
     ("gpt2 openai-gpt", "attn.c_proj", "o", "transposed"),
     ("gpt2 openai-gpt", "mlp.c_fc", "up", "transposed"),
@@ -386,6 +385,12 @@ BOUND = (
     ("gpt_oss", "mlp.experts.down_proj", "down", "transposed"),
     ("llama4 llama4_text", "feed_forward.experts.gate_up_proj", "gate up", "transposed"),
     ("llama4 llama4_text", "feed_forward.experts.down_proj", "down", "transposed"),
+    # Meta's and Mistral's own files ("consolidated"), whose rotary embedding pairs the halves of a
+    # head as llama.cpp does: told by the name of their stack, and not by the configuration beside
+    ("mistral_large4 mistral_large4_text", "layers: attention.wq", "q", ""),
+    ("mistral_large4 mistral_large4_text", "layers: attention.wk", "k", ""),
+    ("*", "layers: attention.wq", "q", "rope"),
+    ("*", "layers: attention.wk", "k", "rope"),
     # llama.cpp. Its converter brings all attention that is joined into one order, and the rows of q
     # and k of these models into the order of its own rotary embedding (conversion/*.py: `permute`,
     # `_reverse_hf_permute`, `undo_permute`).
@@ -395,9 +400,6 @@ BOUND = (
     ("qwen3next qwen35 qwen35moe", "attn_q", "q attention_gate", "by head"),
     ("qwen3next qwen35 qwen35moe", "attn_qkv", "in_proj_qkv", ""),
     ("qwen3next qwen35 qwen35moe", "attn_gate", "in_proj_z", ""),
-    # Meta's and Mistral's own files, which name no type, have the same order of rows.
-    ("- llama mistral mixtral", "attention.wq", "q", "rope"),
-    ("- llama mistral mixtral", "attention.wk", "k", "rope"),
     ("*", "attn_qkv", "q k v", ""),
     ("*", "attn_k_b", "k_b", "stacked, transposed"),
     ("*", "attn_v_b", "v_b", "stacked"),
