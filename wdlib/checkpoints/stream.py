@@ -77,12 +77,15 @@ def read_all(parts: Sequence[Part]) -> Iterator[Projection]:
             raw = ahead.result()
             made = [_projection(part, raw)]
             # Only now: two matrices as stored and one in float32 would be the peak otherwise.
-            if following is None:
-                ahead = None
-            elif (following.tensor, following.rows) != (part.tensor, part.rows):
-                known = [raw] if isinstance(raw, Rows) and following.tensor == part.tensor else []
-                ahead = pool.submit(read_rows, following.tensor, *following.rows, *known)
+            again = following and (following.tensor, following.rows) == (part.tensor, part.rows)
+            same = following and following.tensor == part.tensor
+            known = [raw] if same and isinstance(raw, Rows) else []
             del raw
+            if not again:
+                ahead = None
+            if following and not again:
+                ahead = pool.submit(read_rows, following.tensor, *following.rows, *known)
+            del known
             yield made.pop()  # a variable of this function would keep it alive
 
 
