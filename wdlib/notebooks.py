@@ -121,12 +121,7 @@ def find_notebook(name: str | Path) -> Path:
     if Path(name).is_file():
         return Path(name)
     start = str(name).zfill(2) if str(name).isdecimal() else str(name)
-    found = [path for path in numbered() if path.name.startswith(start)]
-    if not numbered():
-        raise WdlibError(
-            f"there are no notebooks in {paths.NOTEBOOKS}: they are in a checkout of the project, "
-            "so call this there, or give the path of one"
-        )
+    found = [path for path in _there() if path.name.startswith(start)]
     if len(found) != 1:
         known = ", ".join(path.stem for path in found or numbered())
         raise WdlibError(f"no single notebook is called {str(name)!r}: choose one of {known}")
@@ -418,11 +413,20 @@ def numbered() -> list[Path]:
     return sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 
 
+def _there() -> list[Path]:
+    if found := numbered():
+        return found
+    raise WdlibError(
+        f"there are no notebooks in {paths.NOTEBOOKS}: they are in a checkout of the project, so "
+        "call this there, or give the path of one to `wdlib run`"
+    )
+
+
 def _labelled(only: str | None) -> Iterator[tuple[str, Path]]:
     """The numbered notebooks whose name starts with `only`, each with its place in the row."""
-    chosen = [path for path in numbered() if path.name.startswith(only or "")]
+    chosen = [path for path in _there() if path.name.startswith(only or "")]
     if not chosen:
-        raise WdlibError(f"no notebook in {paths.NOTEBOOKS} starts with {only or 'two digits'!r}")
+        raise WdlibError(f"no notebook in {paths.NOTEBOOKS} starts with {only!r}")
     for place, path in enumerate(chosen, start=1):
         yield f"notebook {place} of {len(chosen)}, {path.stem}", path
 

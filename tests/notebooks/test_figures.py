@@ -118,8 +118,10 @@ def test_a_number_that_no_notebook_has_is_an_error(two):
 
 
 def test_where_there_are_no_notebooks_that_is_said(house):
-    with pytest.raises(WdlibError, match=r"no notebooks in .*: they are in a checkout"):
-        notebooks.find_notebook("03")
+    for call in (lambda: notebooks.find_notebook("03"), notebooks.figures, notebooks.refresh):
+        with pytest.raises(WdlibError, match=r"no notebooks in .*: they are in a checkout"):
+            call()
+    assert notebooks.numbered() == []
 
 
 def test_the_command_runs_a_notebook_with_both_ways_to_give_a_parameter(two, capsys):
