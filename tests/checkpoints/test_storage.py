@@ -149,6 +149,36 @@ def test_the_configuration_of_the_quantiser_decides_what_is_kept(saved, tmp_path
     assert files.reading_key(files.resolve(folder)) != key
 
 
+def test_gpt_oss_in_mxfp4_has_the_matrices_of_its_unquantised_form(tmp_path):
+    """Experts in one tensor, inputs before outputs, gate and up in turns."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 32, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2}
+    torch.manual_seed(12)
+    GptOssForCausalLM(GptOssConfig(**sizes, **heads, **experts)).save_pretrained(tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", tmp_path / "mxfp4")
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    packed = dict(plain)
+    for name in [n for n in plain if re.fullmatch(r".*experts\.(gate_up|down)_proj", n)]:
+        number, inputs, outputs = packed.pop(name).shape
+        blocks = torch.randint(0, 256, (number, outputs, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 124, blocks.shape[:3], dtype=torch.uint8)
+        plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    for form, tensors in (("plain", plain), ("mxfp4", packed)):
+        save_file(
+            {k: t.contiguous() for k, t in tensors.items()}, tmp_path / form / "model.safetensors"
+        )
+    expected = tiny.read(tmp_path / "plain")
+    assert same(tmp_path / "mxfp4", expected)
+    assert (1, "gate", 2) in expected
+    told = {e.dtype for e in inventory(tmp_path / "mxfp4") if e.expert is not None}
+    assert told == {"MXFP4"}
+
+
 # What is not read -----------------------------------------------------------------------------
 
 Q = "model.layers.0.self_attn.q_proj"

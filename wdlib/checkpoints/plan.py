@@ -271,17 +271,23 @@ def _shaped(tensor: Tensor, role: TensorRole, geometry: Geometry) -> Tensor:
 
 def _parts_of(tensor: Tensor, role: TensorRole, geometry: Geometry) -> Iterator[Part]:
     """The matrices that one tensor holds."""
+    if isinstance(tensor, QuantisedTensor) and len(tensor.shape) == 2:
+        role = dataclasses.replace(role, transposed=False)  # who quantises a Conv1D transposes it
     where = f"tensor {tensor.name} of {tensor.file.name}"
     blocks = tensor.shape[0] if role.axes == "stacked" else 1
-    tensor = _shaped(tensor, role, geometry)
+    shaped = _shaped(tensor, role, geometry)
+    if isinstance(tensor, QuantisedTensor) and shaped.shape != tensor.shape:
+        raise WdlibError(
+            f"The {where} is quantised ({tensor.dtype}) in a shape that is not taken apart, "
+            f"{tensor.shape}: use the unquantised checkpoint."
+        )
+    tensor = shaped
     dimensions = 3 if role.is_routed and role.expert is None else 2
     if len(tensor.shape) != dimensions or 0 in tensor.shape:
         raise WdlibError(f"The {where} is no matrix: its shape is {tensor.shape}.")
     *stack, rows, columns = tensor.shape
     transposed = role.transposed
-    if isinstance(tensor, QuantisedTensor):
-        transposed = False  # decoded, it is (d_out, d_in)
-    elif stack and geometry.width and rows != columns and geometry.width in (rows, columns):
+    if stack and geometry.width and rows != columns and geometry.width in (rows, columns):
         # Where the shape decides, it does: the same model is found stored both ways.
         transposed = (rows if role.types == ("down",) else columns) != geometry.width
     d_out, d_in = (columns * blocks, rows // blocks) if transposed else (rows, columns)
