@@ -72,6 +72,25 @@ def test_the_hub_gives_what_a_local_file_gives(items, data, tmp_path, monkeypatc
     assert datasets.is_caching_enabled()
 
 
+def test_a_template_is_compiled_once_and_its_library_left_as_it_was(data, monkeypatch) -> None:
+    from jinja2 import Environment
+    from lm_eval.utils import env
+
+    compiled, compile = [], Environment.compile
+
+    def watched(self: Environment, source: str, *rest: object) -> object:
+        compiled.append(source)
+        return compile(self, source, *rest)
+
+    monkeypatch.setattr(Environment, "compile", watched)
+    found = requests(ARC, Protocol(), data)
+    assert len(found.shown) > 3
+    asked = [text for text in compiled if "choices" in text]
+    assert asked
+    assert max(map(asked.count, asked)) <= 3  # once here, and where lm-eval looks at the first item
+    assert "from_string" not in vars(env)
+
+
 # What cannot be ------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import json
@@ -169,6 +170,12 @@ def requests(name: str, protocol: Protocol, data_folder: Path | None) -> Items:
         random.seed(protocol.seed)  # the shuffle is the first to draw, as on the command line
         docs = list(itertools.islice(task.eval_docs, limit))
     orders = option_orders(protocol.orders) if source.reorder else None
+    with _templates_compiled_once():
+        return _shown(task, docs, orders, name)
+
+
+def _shown(task: Any, docs: Sequence[Any], orders: np.ndarray | None, name: str) -> Items:
+    """What a task asks of its documents, in some orders of their options or as they are."""
     shown: list[list[list[Any]]] = []
     gold, options = [], []
     for doc in docs:
@@ -232,6 +239,18 @@ def _reordered(doc: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
     """A document of GPQA as its task makes them, with its options in another order."""
     options = {f"choice{1 + position}": doc[f"choice{1 + o}"] for position, o in enumerate(order)}
     return {**doc, **options}
+
+
+@contextlib.contextmanager
+def _templates_compiled_once() -> Iterator[None]:
+    """Spare lm-eval to compile a task's templates for every item, most of what requests cost."""
+    from lm_eval.utils import env
+
+    vars(env)["from_string"] = functools.lru_cache(env.from_string)
+    try:
+        yield
+    finally:
+        del env.from_string
 
 
 @contextlib.contextmanager
