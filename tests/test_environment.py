@@ -18,6 +18,12 @@ PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 LINES = (paths.ROOT / "requirements.lock").read_text().splitlines()
 LOCK = dict(line.split("==") for line in LINES if line and not line.startswith(("#", "-")))
 NAMES = {canonicalize_name(name): pinned for name, pinned in LOCK.items()}
+VERSIONS = [
+    {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.0"}
+    for minor in range(11, 15)
+]
+"""The Pythons that the lock is for; some packages are needed by some of them alone."""
+
 GPU = re.compile(r"(nvidia|cuda|triton)\b.*")
 
 
@@ -29,7 +35,10 @@ def direct():
 
 
 def closure():
-    """(who asks, requirement) for all that the direct requirements need, transitively, here."""
+    """(who asks, requirement) for all that the direct requirements need, transitively.
+
+    On this system, with any of VERSIONS.
+    """
     todo = [("pyproject.toml", requirement) for requirement in direct()]
     seen = set()
     while todo:
@@ -42,7 +51,11 @@ def closure():
         extras = ["", *requirement.extras]
         for needed in map(Requirement, distribution(name).requires or []):
             marker = needed.marker
-            if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras):
+            if marker is None or any(
+                marker.evaluate({"extra": extra, **version})
+                for extra in extras
+                for version in VERSIONS
+            ):
                 todo.append((name, needed))
 
 
