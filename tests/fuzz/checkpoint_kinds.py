@@ -20,7 +20,7 @@ from safetensors import deserialize
 from safetensors.numpy import save, save_file
 from tiny_hub import COMMIT
 
-from wdlib.checkpoints import files, headers, hub
+from wdlib.checkpoints import files, headers, hub, listing
 
 # Safetensors ------------------------------------------------------------------------------------
 
@@ -125,7 +125,7 @@ def make_index(folder: Path) -> Path:
         part = {n: t for n, t in tensors.items() if f"layers.{number}." in n}
         where |= dict.fromkeys(part, name)
         save_file(part, folder / name)
-    index = folder / files.INDEX
+    index = folder / listing.INDEX
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
     return index
 
@@ -275,7 +275,7 @@ def read_gguf(path: Path) -> Any:
         name: (t.dtype, list(t.shape), data[t.offset : t.offset + t.size])
         for name, t in tensors.items()
     }
-    return {k: v for k, v in metadata.items() if v is not None}, table
+    return {k: v for k, v in metadata.items() if v not in (None, [])}, table
 
 
 def library_gguf(path: Path) -> Any:
@@ -283,7 +283,12 @@ def library_gguf(path: Path) -> Any:
     reader = GGUFReader(path)
     metadata = {}
     for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or field.types[0] == GGUFValueType.ARRAY:
+        if name.startswith("GGUF."):
+            continue
+        if field.types[0] == GGUFValueType.ARRAY:
+            numbers = len(field.types) == 2 and field.types[1] != GGUFValueType.STRING
+            if numbers and len(field.data) <= headers._PER_LAYER:
+                metadata[name] = [field.parts[index][0].item() for index in field.data]
             continue
         value = field.parts[field.data[0]]
         text = field.types[0] == GGUFValueType.STRING
@@ -461,7 +466,11 @@ def library_name(path: Path) -> Any:
     name = json.loads(path.read_bytes())["model"]
     if files._HUB_ID.fullmatch(name) and not os.path.isdir(name):
         return ""
-    return library_weights(Path(name) / WHOLE)
+    at = [folder / WHOLE for folder in (Path(name), *sorted(Path(name).glob("*/")))]
+    at = [file for file in at if file.is_file()]
+    if len(at) != 1 and at[:1] != [Path(name) / WHOLE]:
+        raise FileNotFoundError(name)
+    return library_weights(at[0])
 
 
 def _folder(path: Path) -> Any:

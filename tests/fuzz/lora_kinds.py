@@ -19,7 +19,8 @@ from fuzz.engine import Kind
 from fuzz.mutations import as_json, flipped, json_lines, odd_array
 from fuzz.schemas import check, conform
 
-from wdlib.lora import benchmarks, data, grid, results, scores, training
+from wdlib import paths
+from wdlib.lora import benchmarks, data, devices, grid, results, scores, training
 from wdlib.lora.benchmarks import Protocol
 from wdlib.lora.runs import UNTRAINED, Hyperparameters, Run
 from wdlib.lora.scores import Evaluation, Scores
@@ -192,6 +193,7 @@ def make_result(folder: Path) -> Path:
         "held_out": {"before": losses, "after": losses}, "step0": None,
         "curve": [{"step": 1, "loss": 2.0}],
         "hashes": {"model": "22", "data": "11", "characterisation": None, "adapter": "00"},
+        "machine": {"device": "cpu", "threads": 1},
     }  # fmt: skip
     (folder / f"{RUN.key}.json").write_text(json.dumps(report))
     return folder / f"{RUN.key}.json"
@@ -322,7 +324,7 @@ def make_checkpoint(folder: Path) -> Path:
         checkpoint.mkdir(parents=True)
         (checkpoint / "optimizer.pt").write_bytes(b"state" * step)
         (checkpoint / "trainer_state.json").write_text("{}")
-        training._mark_whole(checkpoint)
+        paths.mark_whole(checkpoint)
     return folder / "checkpoint-20" / "whole"
 
 
@@ -352,7 +354,13 @@ def make_start(folder: Path) -> Path:
 
 
 def library_start(path: Path) -> Any:
-    found = conform(path, {"held_out": HELD_OUT, "step0": (None, dict)})
+    found = json.loads(path.read_bytes().decode())
+    machine = found.pop("machine", None) if isinstance(found, dict) else None
+    found = check(found, {"held_out": HELD_OUT, "step0": (None, dict)})
+    if machine is not None:
+        device = check(machine, {"device": str}, more=True)["device"]
+        if device.partition(":")[0] != devices.kind(devices.machine()):
+            raise ValueError(f"begun on {device}")
     judge(found["held_out"])
     return found
 

@@ -201,7 +201,10 @@ def _from_wheels(model: Model) -> Checkpoint:
 
 def _of_folder(folder: Path) -> Checkpoint:
     """The weights of a folder, or of the one folder in it that has some."""
-    names = list(_names(folder, 2))
+    try:
+        names = list(_names(folder, 2))
+    except OSError as error:
+        raise WdlibError(f"{folder} cannot be listed ({first_line(error)}).") from error
     chosen = listing.weights_among(names, lambda n: (folder / n).read_bytes(), str(folder))
     name = folder.resolve().name
     files = tuple(folder / n for n in chosen)

@@ -96,6 +96,10 @@ class Start:
     step0: dict[str, Any] | None
     machine: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        if self.machine is not None and not isinstance(self.machine.get("device"), str):
+            raise ValueError("it was made on a machine without a device")
+
 
 @dataclass(frozen=True)
 class _Hashes:
@@ -103,6 +107,13 @@ class _Hashes:
     data: str
     characterisation: str | None
     adapter: str | None
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """What is read of where a result was made, as `devices.machine` says it."""
+
+    device: str
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,7 @@ class _Report:
     key: str
     dtype: str
     hashes: _Hashes
+    machine: _Machine
     held_out: _Losses
     configuration: Run
 
@@ -175,9 +187,16 @@ def _row(stored: CellResult, measure: str) -> _Row | None:
         return None
     orders = len(found.orders) if measure in ("GPQA, orders", "GPQA, debiased") else None
     # Evaluations that were stored before they named their device are of a CPU.
-    evaluated = stored.evaluation.made["tasks"][task].get("device", "cpu")
+    evaluated = _device_of(stored.evaluation.made.get("tasks"), task) or "cpu"
     setting = (device, evaluated, protocol.dtype, protocol.seed, orders)
     return _Row(score(found).astype(float), found.items, setting, tokens)
+
+
+def _device_of(tasks: Any, task: str) -> str | None:
+    """The device that an evaluation names for a task."""
+    told = tasks.get(task) if isinstance(tasks, dict) else None
+    device = told.get("device") if isinstance(told, dict) else None
+    return device if isinstance(device, str) else None
 
 
 def measured(found: Mapping[Run, CellResult], variant: str, measure: str) -> np.ndarray | None:
