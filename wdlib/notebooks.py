@@ -18,9 +18,11 @@ from subprocess import DEVNULL
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TextIO, Union, get_args, get_origin
 
-from wdlib import WdlibError, first_line, paths
+from wdlib import WdlibError, first_line, paper, paths
+from wdlib.checkpoints import catalogue
 
 if TYPE_CHECKING:
+    from IPython.display import Markdown
     from nbformat import NotebookNode
 
 _KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -28,9 +30,18 @@ _KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "na
 _INJECTED = "injected-parameters"
 """papermill's tag of the cell with the parameters that were given."""
 
+DEFAULT_RUN = "default-run"
+"""Tag of cells with remarks on the run that is stored; runs with other parameters lack them."""
 
-def check_parameters(namespace: Mapping[str, Any]) -> None:
+_USUAL = {"model": catalogue.DEFAULT, "rank": paper.RANKS[0]}
+"""What the stored runs of all notebooks have in common."""
+
+
+def check_parameters(namespace: Mapping[str, Any]) -> "Markdown | None":
     """Refuse a notebook's parameters where one is unknown or of the wrong type.
+
+    Returns a banner where the run is not the one that is stored, else None: a parameter was given
+    that differs from the parameters cell, or model or rank was edited there.
 
     Called in a notebook as `check_parameters(globals())`, straight after the parameters cell. The
     annotations in that cell say what is allowed; the cell that papermill injects after it, which
@@ -42,6 +53,32 @@ def check_parameters(namespace: Mapping[str, Any]) -> None:
     declared = namespace.get("__annotations__", {})
     names = [*declared, *_injected(namespace.get("In", []))]
     _check(declared, {name: namespace[name] for name in names if name in namespace})
+    written = {k: v for source in namespace.get("In", []) for k, v in _values(source).items()}
+    usual = [(name, stored[name]) for stored in (written, _USUAL) for name in stored]
+    names = [n for n in declared if any(n == k and namespace.get(n, v) != v for k, v in usual)]
+    changed = [f"`{name} = {namespace[name]!r}`" for name in names]
+    return _banner(changed) if changed else None
+
+
+def _banner(changed: list[str]) -> "Markdown":
+    from IPython.display import Markdown
+
+    return Markdown(
+        f"> **Not the default run:** {', '.join(changed)}. Tables, figures and verdicts are those "
+        "of this run. Passages that begin with *In the default run* are about the stored one."
+    )
+
+
+def _values(source: str) -> dict[str, Any]:
+    """The values that a parameters cell gives to its annotated names; none of other cells."""
+    try:
+        return {
+            ast.unparse(node.target): ast.literal_eval(node.value)
+            for node in ast.parse(source).body
+            if isinstance(node, ast.AnnAssign) and node.value is not None
+        }
+    except (SyntaxError, ValueError):  # a magic, or an annotated name that is no parameter
+        return {}
 
 
 def declared_parameters(notebook: str | Path) -> dict[str, Any]:
@@ -49,7 +86,7 @@ def declared_parameters(notebook: str | Path) -> dict[str, Any]:
 
     Raises: WdlibError where the file is no notebook or has no such cell.
     """
-    tagged = [c for c in _read(notebook).cells if "parameters" in c.metadata.get("tags", [])]
+    tagged = _tagged(_read(notebook), "parameters")
     if len(tagged) != 1:
         raise WdlibError(
             f"{Path(notebook).name} has {len(tagged)} cells tagged `parameters`: tag exactly one"
@@ -72,6 +109,10 @@ def declared_parameters(notebook: str | Path) -> dict[str, Any]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             declared[node.target.id] = _type(ast.unparse(node.annotation), node.target.id, name)
     return declared
+
+
+def _tagged(notebook: "NotebookNode", tag: str) -> list["NotebookNode"]:
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
 
 def _type(annotation: str, parameter: str, notebook: str) -> Any:
@@ -120,7 +161,8 @@ def run_notebook(
 
     Names and types of `parameters` are checked before anything runs. `on_cell(i, n)` is called as
     cell i of n starts. What is written is normalised (see `normalise`), by a rename, and only if
-    every cell ran; the copy of a failed run goes to the cache.
+    every cell ran; the copy of a failed run goes to the cache. Where a parameter is not as in the
+    notebook, cells tagged `default-run` are left out.
 
     Raises: WdlibError with the message of the notebook's own WdlibError, or with the notebook, the
     number of the cell that failed and the error's message.
@@ -224,6 +266,10 @@ def _execute(
     from papermill.exceptions import PapermillExecutionError
 
     source = _read(notebook)
+    stored = _values(_tagged(source, "parameters")[0].source)
+    if any(name not in stored or stored[name] != value for name, value in parameters.items()):
+        remarks = {cell.id for cell in _tagged(source, DEFAULT_RUN)}
+        source.cells = [cell for cell in source.cells if cell.id not in remarks]
     total = len(source.cells) + bool(parameters)
 
     def cell_starts(cell: object, cell_index: int) -> None:

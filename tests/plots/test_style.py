@@ -85,7 +85,7 @@ def test_a_headline_stays_inside_its_figure():
     title = fig._suptitle
     assert title.get_text().endswith("\nmodel, r = 8")
     box = title.get_window_extent()
-    assert 0 <= box.x0
+    assert box.x0 >= 0
     assert box.x1 <= fig.bbox.x1
     assert box.y0 >= ax.get_window_extent().y1
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from scipy.stats import binomtest
 
 from wdlib.fits import alternatives, estimators
-from wdlib.plots.style import ACCENT, BLUE, INK, PALE, look
+from wdlib.plots.style import ACCENT, BLUE, GREY, INK, PALE, look
 
 ESTIMATOR_LOOKS = {name: look(number) for number, name in enumerate(estimators.ESTIMATORS, 1)}
 """By estimator; the first has the accent's colour."""
@@ -97,6 +97,8 @@ def alternative_tails(
     for number, (name, law) in enumerate(laws.items()):
         tables.append(pd.DataFrame({"distance": x, "ccdf": alternatives.ccdf(law, x), "law": name}))
         line = look(number) | {"markevery": (5 * number, 35), "ms": 3.5, "lw": 1.1, "zorder": 2.5}
+        if line["color"] == INK:  # the data's
+            line["color"] = GREY
         if name == "normal":
             line |= {"lw": 5, "alpha": 0.35, "marker": "", "linestyle": "-", "zorder": 1.5}
         ax.plot(x, tables[-1].ccdf, label=name.replace("_", " "), **line)
