@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from wdlib import characterise
-from wdlib.plots.style import ACCENT, BLUE, INK, ORANGE, SKY
+from wdlib.plots.style import ACCENT, BLUE, GREY, INK, ORANGE, SKY
 
 STEEP = 5.0
 """An exponent above which a tail is hardly what is meant by a power law, whatever the rule says."""
@@ -28,7 +28,8 @@ def pair_panel(data: pd.DataFrame, pair: characterise.Pair, ax: Axes) -> Axes:
     A class is told by its dashes as well: solid, dashed, dotted.
     """
     dashes = dict(zip(CLASS_COLORS, ("-", "--", ":"), strict=True))[pair.verdict.label]
-    ax.plot(data.distance, data.ccdf, dashes, color=pair_color(pair), lw=1.4)
+    color = GREY if pair.verdict.label == characterise.UNDECIDED else pair_color(pair)
+    ax.plot(data.distance, data.ccdf, dashes, color=color, lw=1.4)
     ax.set(xscale="log", yscale="log")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(plt.LogLocator(numticks=4))
@@ -52,14 +53,14 @@ def grid_labels(axes: np.ndarray, kinds: list[str]) -> None:
     figure = axes[0, 0].figure
     figure.supxlabel("cosine distance x")
     figure.supylabel("share of distances ≥ x")
-    class_legend(figure)
+    class_legend(figure, loc="upper right", ncols=1)
 
 
-def class_legend(figure: Figure) -> None:
-    """The classes, below a figure."""
+def class_legend(figure: Figure, *, loc: str = "outside lower center", ncols: int = 4) -> None:
+    """The classes, below a figure or where there is room."""
     shown = {"power-law": BLUE, f"power-law, α > {STEEP:g}": _STEEP_COLOR} | CLASS_COLORS
     handles = [plt.Line2D([], [], color=c, lw=4, label=label) for label, c in shown.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.legend(handles=handles, loc=loc, ncols=ncols)
 
 
 def class_map(character: characterise.Characterisation, ax: Axes) -> pd.DataFrame:
