@@ -20,8 +20,8 @@ REMARK = "*In the default run* "
 """How a cell begins whose numbers are those of the stored run."""
 NUMBER = re.compile(r"(?<![\w.,/-])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?(?![\w-])")
 CONSTANT = re.compile(
-    r"`[^`]*`|\$[^$]*\$|\]\([^)]*\)|\d-\w+"  # code, formulas, links, 4-bit
-    r"|\b(?:arXiv|notebooks?|sections?|figures?|LLaMA|Llama) \d[\d.]*(?: (?:and|to) \d+)?"
+    r"`[^`]*`|\$\$[^$]*\$\$|\$[^$]*\$|\]\([^)]*\)|\d-\w+"  # code, formulas, links, 4-bit
+    r"|\b(?:arXiv|notebooks?|sections?|figures?|LLaMA|Llama)\s\d[\d.]*(?: (?:and|to) \d+)?"
     r"|\b(?:19|20)\d\d\b"  # years
     r"|\b95 %|\b5 %|(?<![\d.])[01](?![\d.]*\d)"  # levels of intervals and tests; zero and unit
 )
