@@ -37,48 +37,46 @@ _USUAL = {"model": catalogue.DEFAULT, "rank": paper.RANKS[0]}
 """What the stored runs of all notebooks have in common."""
 
 
-def check_parameters(namespace: Mapping[str, Any]) -> "Markdown | None":
+def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse a notebook's parameters where one is unknown or of the wrong type.
 
-    Returns a banner where the run is not the one that is stored, else None: a parameter was given
-    that differs from the parameters cell, or model or rank was edited there.
+    Called in a notebook as `changed = check_parameters(globals())`, straight after the parameters
+    cell. The annotations in that cell say what is allowed; the cell that papermill injects after
+    it, which the kernel's input history holds, says what was given. Without such a cell
+    (JupyterLab, default run) the types alone are checked, so names that other cells define never
+    matter.
 
-    Called in a notebook as `check_parameters(globals())`, straight after the parameters cell. The
-    annotations in that cell say what is allowed; the cell that papermill injects after it, which
-    the kernel's input history holds, says what was given. Without such a cell (JupyterLab, default
-    run) the types alone are checked, so names that other cells define never matter.
-
+    Returns: the parameters that are not as the notebook declares them, by name, for its banner and
+    `plots.folder`. What a session declared first counts: a value that is edited before the cell's
+    first run is taken for the default.
     Raises: WdlibError that names the parameter, and what is known or expected.
     """
-    declared = namespace.get("__annotations__", {})
-    names = [*declared, *_injected(namespace.get("In", []))]
+    declared, history = namespace.get("__annotations__", {}), namespace.get("In", [])
+    names = [*declared, *_injected(history)]
     _check(declared, {name: namespace[name] for name in names if name in namespace})
-    written = {k: v for source in namespace.get("In", []) for k, v in _values(source).items()}
-    usual = [(name, stored[name]) for stored in (written, _USUAL) for name in stored]
-    names = [n for n in declared if any(n == k and namespace.get(n, v) != v for k, v in usual)]
-    changed = [f"`{name} = {namespace[name]!r}`" for name in names]
-    return _banner(changed) if changed else None
+    defaults = _defaults(history).items()
+    return {name: namespace[name] for name, value in defaults if namespace[name] != value}
 
 
-def _banner(changed: list[str]) -> "Markdown":
+def banner(
+    changed: Mapping[str, Any], *, model: str, rank: int = paper.RANKS[0]
+) -> "Markdown | None":
+    """What a run that is not the stored one says at its top; None for the stored one.
+
+    changed: what `check_parameters` returned. model, rank: the run's, which an edit of the
+    parameters cell before its first run changes unseen.
+    """
     from IPython.display import Markdown
 
+    given = {"model": model, "rank": rank}
+    edited = {name: value for name, value in given.items() if _USUAL[name] != value}
+    told = ", ".join(f"`{name} = {value!r}`" for name, value in (edited | dict(changed)).items())
+    if not told:
+        return None
     return Markdown(
-        f"> **Not the default run:** {', '.join(changed)}. Tables, figures and verdicts are those "
-        "of this run. Passages that begin with *In the default run* are about the stored one."
+        f"> **Not the default run:** {told}. Tables, figures and verdicts are those of this run. "
+        "Passages that begin with *In the default run* are about the stored one."
     )
-
-
-def _values(source: str) -> dict[str, Any]:
-    """The values that a parameters cell gives to its annotated names; none of other cells."""
-    try:
-        return {
-            ast.unparse(node.target): ast.literal_eval(node.value)
-            for node in ast.parse(source).body
-            if isinstance(node, ast.AnnAssign) and node.value is not None
-        }
-    except (SyntaxError, ValueError):  # a magic, or an annotated name that is no parameter
-        return {}
 
 
 def declared_parameters(notebook: str | Path) -> dict[str, Any]:
@@ -266,7 +264,7 @@ def _execute(
     from papermill.exceptions import PapermillExecutionError
 
     source = _read(notebook)
-    stored = _values(_tagged(source, "parameters")[0].source)
+    stored = _defaults([_tagged(source, "parameters")[0].source])
     if any(name not in stored or stored[name] != value for name, value in parameters.items()):
         remarks = {cell.id for cell in _tagged(source, DEFAULT_RUN)}
         source.cells = [cell for cell in source.cells if cell.id not in remarks]
@@ -385,6 +383,29 @@ def _injected(history: list[str]) -> list[str]:
         return []
     targets = (n.targets[0] for n in ast.parse(cells[-1]).body if isinstance(n, ast.Assign))
     return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _defaults(history: list[str]) -> dict[str, Any]:
+    """Names and values of the first cell that holds nothing but annotated, plain values."""
+    for source in history:
+        try:
+            body = ast.parse(source).body
+        except SyntaxError:  # a magic
+            continue
+        found = [(n.target, n.value) for n in body if isinstance(n, ast.AnnAssign) and n.value]
+        if found and len(found) == len(body):
+            return {ast.unparse(target): _plain(value) for target, value in found}
+    return {}
+
+
+def _plain(value: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except ValueError as error:
+        text = ast.unparse(value)
+        raise WdlibError(
+            f"a parameter is declared as {text}: write a number, a text, or a list of these"
+        ) from error
 
 
 def _numbered() -> list[Path]:

@@ -81,6 +81,8 @@ def _parameters(notebook):
         found.append("the parameters cell has other than annotated assignments")
     if "check_parameters(globals())" not in following.source:
         found.append("the parameters cell is not followed by check_parameters(globals())")
+    if "notebooks.banner(changed, model=model" not in following.source:
+        found.append("a run with other parameters does not open with a banner")
     return found
 
 
@@ -168,7 +170,7 @@ def good():
     sources = [
         "import matplotlib\n\nfrom wdlib import notebooks",
         "rank: int = 16  # how many",
-        "notebooks.check_parameters(globals())",
+        "changed = notebooks.check_parameters(globals())\nnotebooks.banner(changed, model=model)",
         "draw()",
         "print(rank)",
         "from numpy.testing import assert_allclose\n\nassert_allclose(rank, 16)",
@@ -197,6 +199,7 @@ SPOILED = {
     "0 cells are tagged": lambda n: n.cells[2].update(metadata={}),
     "2 cells are tagged": lambda n: n.cells[1].update(metadata={"tags": ["parameters"]}),
     "annotated assign": lambda n: n.cells[2].update(source="rank = 16"),
+    "open with a banner": lambda n: n.cells[3].update(source="check_parameters(globals())"),
     "followed by check_parameters": lambda n: n.cells[3].update(source="pass"),
     "heading Checks": lambda n: n.cells.pop(8),
     "does not assert_allclose": lambda n: n.cells[9].update(source="assert rank == 16"),

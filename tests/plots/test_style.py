@@ -1,5 +1,6 @@
 """What is saved: two runs write the same bytes, and a failed write leaves nothing."""
 
+import re
 import subprocess
 import sys
 
@@ -52,9 +53,35 @@ def test_a_figure_that_cannot_be_written_leaves_no_picture(tmp_path):
 def test_only_the_default_run_writes_to_the_figures_folder():
     default = folder(catalogue.DEFAULT, paper.RANKS[0])
     assert default == paths.FIGURES
-    others = {folder(catalogue.DEFAULT, 64), folder("gemma-3-270m", 16)}
+    changed = ({"seed": 1}, {"seed": 2}, {"replicates": 1}, {"compared": ["gemma-3-270m"]})
+    others = {folder(catalogue.DEFAULT, 16, one) for one in changed}
+    others |= {folder(catalogue.DEFAULT, 64), folder("gemma-3-270m", 16)}
     assert default not in others
-    assert len(others) == 2
+    assert len(others) == len(changed) + 2
+    assert folder(catalogue.DEFAULT, 64, {"rank": 64}) in others
+
+
+def test_every_model_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    names = [*catalogue.models(), *(model.hub_id for model in catalogue.models().values())]
+    names += ["hf://meta-llama/Llama-3.1-8B", "hf://meta-llama/Llama-3.1-8B@main"]
+    for place in (
+        "a/model.safetensors",
+        "b/model.safetensors",
+        "b/other.gguf",
+        "c/deep/b/other.gguf",
+    ):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+        names.append(str(tmp_path / place))
+    found = {folder(name, rank).name.lower() for name in names for rank in (16, 64)}
+    assert len(found) == 2 * len(set(names))
+    assert all(
+        re.fullmatch(r"[a-z0-9][a-z0-9.-]*-r(16|64)-[0-9a-f]{8}", name)
+        for name in found - {paths.FIGURES.name}
+    )
+    monkeypatch.chdir(tmp_path / "b")
+    assert folder("model.safetensors", 16) == folder(str(tmp_path / "b" / "model.safetensors"), 16)
+    assert folder("model.safetensors", 16).name.startswith("b-model.safetensors-r16-")
 
 
 def test_no_two_series_look_alike_even_without_colours():

@@ -1,8 +1,12 @@
 """Colours, the matplotlib style, and the one place that writes figures."""
 
-from collections.abc import Iterable
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from textwrap import wrap
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -36,7 +40,7 @@ NULL_COLORS = (ACCENT, GREEN, PURPLE)
 
 _COLORS = (BLUE, ACCENT, GREEN, PURPLE, ORANGE, INK, SKY)
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 
 
 def look(number: int) -> dict[str, Any]:
@@ -67,11 +71,23 @@ def set_style() -> None:
     plt.style.use(paths.STYLE)
 
 
-def folder(model: str, rank: int) -> Path:
-    """Where a notebook's figures go: figures/ for the default run, a folder of their own else."""
-    if (model, rank) == (catalogue.DEFAULT, paper.RANKS[0]):
+def folder(model: str, rank: int, changed: Mapping[str, Any] = MappingProxyType({})) -> Path:
+    """Where a notebook's figures go: figures/ for the default run, a folder of their own else.
+
+    changed: what `notebooks.check_parameters` returned. A folder's name begins with that of the
+    model, of a path its last two parts, and the rank. The digits at its end are made of the whole
+    name or path and all that is changed: no two runs share a folder.
+    """
+    if (model, rank) == (catalogue.DEFAULT, paper.RANKS[0]) and not changed:
         return paths.FIGURES
-    return paths.FIGURES / "other" / f"{Path(model).stem}-r{rank}"
+    at = Path(model).expanduser()
+    is_path = catalogue.catalogue_model(model) is None and at.exists()
+    whole = at.resolve().as_posix() if is_path else model
+    shown = "-".join(whole.split("/")[-2:]) if is_path else whole
+    slug = re.sub(r"[^a-z0-9.]+", "-", shown.lower()).strip("-.")
+    made = json.dumps({**changed, "model": whole, "rank": rank}, sort_keys=True)
+    digits = hashlib.sha256(made.encode()).hexdigest()[:8]
+    return paths.FIGURES / "other" / f"{slug[:60]}-r{rank}-{digits}"
 
 
 def save(figure: Figure, name: str, data: pd.DataFrame, folder: Path) -> None:
