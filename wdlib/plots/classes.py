@@ -53,14 +53,17 @@ def grid_labels(axes: np.ndarray, kinds: list[str]) -> None:
     figure = axes[0, 0].figure
     figure.supxlabel("cosine distance x")
     figure.supylabel("share of distances ≥ x")
-    class_legend(figure, loc="upper right", ncols=1)
+    class_legend(figure, inside=True)
 
 
-def class_legend(figure: Figure, *, loc: str = "outside lower center", ncols: int = 4) -> None:
-    """The classes, below a figure or where there is room."""
+def class_legend(figure: Figure, *, inside: bool = False) -> None:
+    """The classes, below a figure, or inside where the upper right is free."""
     shown = {"power-law": BLUE, f"power-law, α > {STEEP:g}": _STEEP_COLOR} | CLASS_COLORS
     handles = [plt.Line2D([], [], color=c, lw=4, label=label) for label, c in shown.items()]
-    figure.legend(handles=handles, loc=loc, ncols=ncols)
+    if inside:
+        figure.legend(handles=handles, loc="upper right")
+    else:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
 
 def class_map(character: characterise.Characterisation, ax: Axes) -> pd.DataFrame:
@@ -116,6 +119,6 @@ def disagreements(
     for pair in differ:
         i, j = map(kinds.index, pair.types)
         for x, y in {(i, j), (j, i)}:
-            frame = plt.Rectangle((x - 0.4, y - 0.4), 0.8, 0.8, fill=False, ec=ACCENT, lw=1.2)
+            frame = plt.Rectangle((x - 0.4, y - 0.4), 0.8, 0.8, fill=False, ec=INK, lw=1.2)
             ax.add_patch(frame)
     return len(differ)

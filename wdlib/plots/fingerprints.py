@@ -44,8 +44,8 @@ def parallel_coordinates(data: pd.DataFrame, looks: dict[str, dict], ax: Axes) -
 def matrix_of_models(table: np.ndarray, names: list[str], ax: Axes, *, rows: bool = True) -> Axes:
     """Distances between models with their numbers; only with `rows` are the rows named."""
     shown = np.where(np.eye(len(names), dtype=bool), np.nan, table)
-    image = ax.imshow(shown, cmap="cividis_r", vmin=0, vmax=np.nanmax(shown))
-    bar = ax.figure.colorbar(image, ax=ax, shrink=0.7, pad=0.03)
+    image = ax.imshow(shown, cmap="Blues", vmin=0, vmax=np.nanmax(shown))
+    bar = ax.figure.colorbar(image, ax=ax, shrink=0.55, pad=0.03)
     bar.ax.tick_params(labelsize=7)
     for (i, j), value in np.ndenumerate(shown):
         if i != j:
