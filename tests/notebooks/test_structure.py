@@ -36,7 +36,7 @@ def read(path):
 def problems(notebook) -> list[str]:
     """What is wrong with a notebook by the rules of the house, one line each."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    found = [*_opening(notebook), *_parameters(notebook), *_checks(notebook)]
+    found = [*_opening(notebook), *_parameters(notebook), *_changed(notebook), *_checks(notebook)]
     if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
         found.append("the code cells were not executed once each, in order, from the first")
     if not any(cell.outputs for cell in code):
@@ -84,6 +84,14 @@ def _parameters(notebook):
     if "notebooks.banner(changed, model=model" not in following.source:
         found.append("a run with other parameters does not open with a banner")
     return found
+
+
+def _changed(notebook):
+    """`changed`, which says where figures go, keeps what `check_parameters` returned."""
+    code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
+    names = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name) and n.id == "changed"]
+    again = [n for n in names if isinstance(n.ctx, ast.Store)][1:]
+    return ["a cell assigns `changed` anew"] if again else []
 
 
 def _checks(notebook):
@@ -199,6 +207,7 @@ SPOILED = {
     "0 cells are tagged": lambda n: n.cells[2].update(metadata={}),
     "2 cells are tagged": lambda n: n.cells[1].update(metadata={"tags": ["parameters"]}),
     "annotated assign": lambda n: n.cells[2].update(source="rank = 16"),
+    "assigns `changed` anew": lambda n: n.cells[4].update(source="changed = 1"),
     "open with a banner": lambda n: n.cells[3].update(source="check_parameters(globals())"),
     "followed by check_parameters": lambda n: n.cells[3].update(source="pass"),
     "heading Checks": lambda n: n.cells.pop(8),
