@@ -111,6 +111,8 @@ def _prose(cell, notebook) -> Iterator[str]:
     A cell tagged `default-run` speaks of the stored run, says so, and is left out of others
     (`notebooks.run_notebook`): its numbers stand in the stored outputs. Other cells are read in
     every run, and have none but constants; a number of the run is computed, by a code cell.
+    The opening cell is not read: its numbers are the paper's, and the minutes and megabytes of the
+    default run.
     """
     numbers = NUMBER.findall(CONSTANT.sub(" ", cell.source))
     if notebooks.DEFAULT_RUN not in cell.metadata.get("tags", []):
