@@ -21,9 +21,11 @@ from subprocess import DEVNULL
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TextIO, Union, get_args, get_origin
 
-from wdlib import WdlibError, first_line, paths
+from wdlib import WdlibError, first_line, paper, paths
+from wdlib.checkpoints import catalogue
 
 if TYPE_CHECKING:
+    from IPython.display import Markdown
     from nbformat import NotebookNode
 
 _KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -33,6 +35,12 @@ _NO_PYTHON = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)
 
 _INJECTED = "injected-parameters"
 """papermill's tag of the cell with the parameters that were given."""
+
+DEFAULT_RUN = "default-run"
+"""Tag of cells with remarks on the run that is stored; runs with other parameters lack them."""
+
+_USUAL = {"model": catalogue.DEFAULT, "rank": paper.RANKS[0]}
+"""What the stored runs of all notebooks have in common."""
 
 
 def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,12 +64,33 @@ def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     return {name: namespace[name] for name, value in defaults if namespace[name] != value}
 
 
+def banner(
+    changed: Mapping[str, Any], *, model: str, rank: int = paper.RANKS[0]
+) -> "Markdown | None":
+    """What a run that is not the stored one says at its top; None for the stored one.
+
+    changed: what `check_parameters` returned. model, rank: the run's, which an edit of the
+    parameters cell before its first run changes unseen.
+    """
+    from IPython.display import Markdown
+
+    given = {"model": model, "rank": rank}
+    edited = {name: value for name, value in given.items() if _USUAL[name] != value}
+    told = ", ".join(f"`{name} = {value!r}`" for name, value in (edited | dict(changed)).items())
+    if not told:
+        return None
+    return Markdown(
+        f"> **Not the default run:** {told}. Tables, figures and verdicts are those of this run. "
+        "Passages that begin with *In the default run* are about the stored one."
+    )
+
+
 def declared_parameters(notebook: str | Path) -> dict[str, Any]:
     """Name and type of every parameter of a notebook, read from its `parameters` cell unexecuted.
 
     Raises: WdlibError where the file is no notebook or has no such cell.
     """
-    tagged = [c for c in _read(notebook).cells if "parameters" in c.metadata.get("tags", [])]
+    tagged = _tagged(_read(notebook), "parameters")
     if len(tagged) != 1:
         raise WdlibError(
             f"{Path(notebook).name} has {len(tagged)} cells tagged `parameters`: tag exactly one"
@@ -88,6 +117,10 @@ def declared_parameters(notebook: str | Path) -> dict[str, Any]:
 
 _NODES = {"Module", "Expr", "Name", "Load", "Subscript", "Tuple", "Constant", "BinOp", "BitOr"}
 """The parts of an annotation that only names a type, and runs nothing."""
+
+
+def _tagged(notebook: "NotebookNode", tag: str) -> list["NotebookNode"]:
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
 
 def _type(annotation: str, parameter: str, notebook: str) -> Any:
@@ -139,7 +172,8 @@ def run_notebook(
 
     Names and types of `parameters` are checked before anything runs. `on_cell(i, n)` is called as
     cell i of n starts. What is written is normalised (see `normalise`), by a rename, and only if
-    every cell ran; the copy of a failed run goes to the cache.
+    every cell ran; the copy of a failed run goes to the cache. Where a parameter is not as in the
+    notebook, cells tagged `default-run` are left out.
 
     Raises: WdlibError with the message of the notebook's own WdlibError, or with the notebook, the
     number of the cell that failed and the error's message.
@@ -243,6 +277,10 @@ def _execute(
     from papermill.exceptions import PapermillExecutionError
 
     source = _read(notebook)
+    stored = _defaults([_tagged(source, "parameters")[0].source])
+    if any(name not in stored or stored[name] != value for name, value in parameters.items()):
+        remarks = {cell.id for cell in _tagged(source, DEFAULT_RUN)}
+        source.cells = [cell for cell in source.cells if cell.id not in remarks]
     total = len(source.cells) + bool(parameters)
 
     def cell_starts(cell: object, cell_index: int) -> None:

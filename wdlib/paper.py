@@ -6,7 +6,9 @@ Ye, Tian, Gao, Li, "Analysis on distribution and clustering of weight", arXiv 25
 Taken from docs/method.md, which is all that is known of their texts here.
 """
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 RESHAPING = "arXiv 2509.00046"
 CLUSTERING = "arXiv 2509.19122"
@@ -36,6 +38,16 @@ class Claim:
     value: float | tuple[tuple[str, str], ...] | None = None
     model: str | None = None
     rank: int | None = None
+
+    def concerns(self, model: str) -> bool:
+        """Whether a model, by its name, is one that the claim is about, or was tuned from it.
+
+        "smollm2-135m-instruct" for "SmolLM2-135M", "llama-3.2-1b" for "LLaMA3". A claim about all
+        models concerns every one.
+        """
+        names = (Path(model).name, self.model or "")
+        named, known = (re.sub(r"[^a-z0-9]", "", name.lower()) for name in names)
+        return named.removeprefix("meta").startswith(known)
 
 
 _CLAIMS = (

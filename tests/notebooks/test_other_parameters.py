@@ -1,14 +1,16 @@
 """The stored notebooks with another model and rank, and with parameters that cannot be."""
 
+import re
 import warnings
 
 import matplotlib.pyplot as plt
 import nbformat
+import pandas as pd
 import pytest
 import tiny
 from matplotlib.figure import Figure
 
-from wdlib import WdlibError, characterise, cli, notebooks, paths
+from wdlib import WdlibError, characterise, cli, notebooks, paper, paths, plots
 from wdlib.fingerprints.clusters import choices, cluster
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
@@ -80,6 +82,7 @@ def here(monkeypatch):
             for source in sources:
                 names["In"].append(source)  # as a kernel does
                 exec(source, names)
+        return names
 
     plt.switch_backend("Agg")
     with plt.rc_context(), warnings.catch_warnings():
@@ -94,20 +97,65 @@ def declared(path, **given):
     return {name: value for name, value in given.items() if name in known}
 
 
+@pytest.fixture
+def tables(monkeypatch):
+    """The tables of texts that notebooks show, in a list that fills as they run."""
+    shown, show = [], plots.text_table
+    monkeypatch.setattr(plots, "text_table", lambda table: (shown.append(table), show(table))[1])
+    return shown
+
+
+def misjudged(table, subject):
+    """Claims about some model in a table of verdicts that were judged from another one.
+
+    subject: the model that the run is about; a cell that names another model is about that one.
+    """
+    for row in table.to_dict("records") if "verdict" in table else ():
+        words = [subject, *re.findall(r"[\w.-]+", str(row.get("ours", "")))]
+        for claim in paper.CLAIMS.values():
+            stated = claim.model and any(claim.statement in str(cell) for cell in row.values())
+            if stated and not any(map(claim.concerns, words)):
+                yield from [claim.id] * ("another model" not in row["verdict"])
+
+
 @each
 @pytest.mark.usefixtures("elsewhere", "quick")
-def test_other_model_and_rank(path, tiny_model, here):
+def test_other_model_and_rank(path, tiny_model, here, tables):
+    """That the prose holds no number of the stored run is for `test_structure`."""
     model = str(tiny_model)
     given = declared(path, model=model, precise=model, rank=8, **QUICK)
     assert "model" in given
-    here(path, given)
+    names = here(path, given)
+    subject = names.get("target", model)
+    assert [claim for table in tables for claim in misjudged(table, subject)] == []
+
+
+@pytest.mark.parametrize(
+    ("subject", "ours", "verdict", "found"),
+    [
+        ("gemma-3-270m", "16 of 28", "not reproduced", ["pairs-all-power-law"]),
+        ("gemma-3-270m", "16 of 28", "cannot be tested here: another model", []),
+        ("gemma-3-270m", "smollm2-135m-instruct: 16 of 28", "not reproduced", []),
+        ("smollm2-135m", "16 of 28", "not reproduced", []),
+    ],
+)
+def test_a_claim_judged_from_another_model_is_found(subject, ours, verdict, found):
+    claim = paper.CLAIMS["pairs-all-power-law"]
+    row = {"paper": f"{claim.model}: {claim.statement}", "ours": ours, "verdict": verdict}
+    assert list(misjudged(pd.DataFrame([row]), subject)) == found
 
 
 def test_other_model_and_rank_in_a_kernel(tiny_model, elsewhere):
     output = elsewhere / "out.ipynb"
     notebooks.run_notebook(NOTEBOOKS[0], {"model": str(tiny_model), "rank": 8}, output=output)
     cells = nbformat.read(output, as_version=4).cells
-    assert all(cell.execution_count for cell in cells if cell.cell_type == "code")
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    said = [o.data.get("text/markdown", "") for cell in code for o in cell.outputs if "data" in o]
+    assert f"**Not the default run:** `model = '{tiny_model}'`, `rank = 8`" in said[0]
+    stored = nbformat.read(NOTEBOOKS[0], as_version=4).cells
+    assert any(cell.source.startswith("*In the default run*") for cell in stored)
+    assert not any(cell.source.startswith("*In the default run*") for cell in cells)
 
 
 # What is refused ------------------------------------------------------------------------------

@@ -86,6 +86,27 @@ def test_the_last_injected_cell_counts():
     notebooks.check_parameters(names)
 
 
+def test_a_run_that_is_not_the_default_one_says_so():
+    usual = {"model": "smollm2-135m-instruct", "rank": 16}
+    assert notebooks.banner({}, **usual) is None
+    said = notebooks.banner({"scale": 0.25, "rank": 8}, **usual | {"rank": 8}).data
+    assert said.startswith("> **Not the default run:** `rank = 8`, `scale = 0.25`. Tables")
+    edited = notebooks.banner({}, **usual | {"model": "m"}).data
+    assert edited.startswith("> **Not the default run:** `model = 'm'`. Tables")
+
+
+@pytest.mark.parametrize("given", [{}, {"rank": 16}, {"rank": 8}])
+def test_remarks_on_the_default_run_are_left_out_of_others(house, write_notebook, given):
+    notebook = write_notebook(house / "n.ipynb", "rank")
+    stored = nbformat.read(notebook, as_version=4)
+    remark = nbformat.v4.new_markdown_cell("In the default run", metadata={"tags": ["default-run"]})
+    stored.cells.insert(4, remark)
+    nbformat.write(stored, notebook)
+    notebooks.run_notebook(notebook, given, output=house / "out.ipynb")
+    cells = nbformat.read(house / "out.ipynb", as_version=4).cells
+    assert ("In the default run" in [cell.source for cell in cells]) == (given != {"rank": 8})
+
+
 def test_plain_papermill_is_strict_too(tmp_path, write_notebook):
     notebook = write_notebook(tmp_path / "n.ipynb", "print(rank)", "extra = 5")
     command = [sys.executable, "-m", "papermill", "n.ipynb", "out.ipynb", "--no-progress-bar"]

@@ -4,6 +4,7 @@ import ast
 import copy
 import itertools
 import re
+from collections.abc import Iterator
 
 import nbformat
 import pytest
@@ -15,6 +16,16 @@ NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 HEADINGS = ("What you will do", "What you need", "What you will learn")
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|Users|usr|opt|mnt|var)/|\b[A-Z]:\\")
 ADDRESS = re.compile(r"\bat 0x[0-9a-f]+")
+REMARK = "*In the default run* "
+"""How a cell begins whose numbers are those of the stored run."""
+NUMBER = re.compile(r"(?<![\w.,/-])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?(?![\w-])")
+CONSTANT = re.compile(
+    r"`[^`]*`|\$\$[^$]*\$\$|\$[^$]*\$|\]\([^)]*\)|\d-\w+"  # code, formulas, links, 4-bit
+    r"|\b(?:arXiv|notebooks?|sections?|figures?|LLaMA|Llama)\s\d[\d.]*(?: (?:and|to) \d+)?"
+    r"|\b(?:19|20)\d\d\b"  # years
+    r"|\b95 %|\b5 %|(?<![\d.])[01](?![\d.]*\d)"  # levels of intervals and tests; zero and unit
+)
+"""What is the same in every run: no number of one."""
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -25,7 +36,7 @@ def read(path):
 def problems(notebook) -> list[str]:
     """What is wrong with a notebook by the rules of the house, one line each."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    found = [*_opening(notebook), *_parameters(notebook), *_checks(notebook)]
+    found = [*_opening(notebook), *_parameters(notebook), *_changed(notebook), *_checks(notebook)]
     if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
         found.append("the code cells were not executed once each, in order, from the first")
     if not any(cell.outputs for cell in code):
@@ -37,6 +48,9 @@ def problems(notebook) -> list[str]:
     stripped = strip_output(copy.deepcopy(notebook), **kept)
     if not notebook == stripped == notebooks.normalise(copy.deepcopy(notebook)):
         found.append("metadata or stderr of one run is stored: run `make notebooks`")
+    for index, cell in enumerate(notebook.cells[1:], start=1):
+        if cell.cell_type == "markdown":
+            found += [f"cell {index}: {problem}" for problem in _prose(cell, notebook)]
     for index, cell in enumerate(notebook.cells):
         found += [f"cell {index}: {problem}" for problem in _cell(cell)]
         if _draws(cell) and notebook.cells[index + 1 : index + 2] == []:
@@ -67,7 +81,17 @@ def _parameters(notebook):
         found.append("the parameters cell has other than annotated assignments")
     if "check_parameters(globals())" not in following.source:
         found.append("the parameters cell is not followed by check_parameters(globals())")
+    if "notebooks.banner(changed, model=model" not in following.source:
+        found.append("a run with other parameters does not open with a banner")
     return found
+
+
+def _changed(notebook):
+    """`changed`, which says where figures go, keeps what `check_parameters` returned."""
+    code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
+    names = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name) and n.id == "changed"]
+    again = [n for n in names if isinstance(n.ctx, ast.Store)][1:]
+    return ["a cell assigns `changed` anew"] if again else []
 
 
 def _checks(notebook):
@@ -79,6 +103,39 @@ def _checks(notebook):
     if "assert_allclose" not in notebook.cells[last].source:
         return ["the last code cell does not assert_allclose"]
     return []
+
+
+def _prose(cell, notebook) -> Iterator[str]:
+    """Numbers in a markdown cell that a run need not have.
+
+    A cell tagged `default-run` speaks of the stored run, says so, and is left out of others
+    (`notebooks.run_notebook`): its numbers stand in the stored outputs. Other cells are read in
+    every run, and have none but constants; a number of the run is computed, by a code cell.
+    The opening cell is not read: its numbers are the paper's, and the minutes and megabytes of the
+    default run.
+    """
+    numbers = NUMBER.findall(CONSTANT.sub(" ", cell.source))
+    if notebooks.DEFAULT_RUN not in cell.metadata.get("tags", []):
+        yield from (f"the prose says {number}, whatever the run" for number in numbers)
+        if REMARK.strip() in cell.source:
+            yield "a remark on the default run is not tagged default-run"
+        return
+    if not cell.source.startswith(REMARK):
+        yield f"a remark on the default run does not begin with {REMARK}"
+    if "\n#" in cell.source:
+        yield "a remark on the default run holds a heading, which other runs would lack"
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    texts = [text for c in code for output in c.outputs for text in _texts(output)]
+    shown = {
+        float(number.replace(",", ""))
+        for text in [*texts, *(c.source for c in code)]
+        for number in re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?", text)
+    }
+    for number in numbers:
+        value = float(number.replace(",", ""))
+        half = 0.5 * 10.0 ** -len(number.partition(".")[2]) * 1.0001
+        if not any(abs(x - value) <= half or abs(100 * x - value) <= half for x in shown):
+            yield f"the stored run does not show the {number} of the remark on it"
 
 
 def _cell(cell):
@@ -123,7 +180,7 @@ def good():
     sources = [
         "import matplotlib\n\nfrom wdlib import notebooks",
         "rank: int = 16  # how many",
-        "notebooks.check_parameters(globals())",
+        "changed = notebooks.check_parameters(globals())\nnotebooks.banner(changed, model=model)",
         "draw()",
         "print(rank)",
         "from numpy.testing import assert_allclose\n\nassert_allclose(rank, 16)",
@@ -135,6 +192,9 @@ def good():
     cells[4].metadata = {"tags": ["nbval-check-output"]}
     cells.insert(4, v4.new_markdown_cell("What the figure shows."))
     cells.insert(6, v4.new_markdown_cell("## Checks"))
+    remark = v4.new_markdown_cell(f"{REMARK}it is 16.", metadata={"tags": ["default-run"]})
+    cells.insert(5, remark)
+    cells[4].source += " In 2025 `r = 3` was 95 % of `7` in notebook 04, section 6, of LLaMA 3: 0."
     return notebooks.normalise(v4.new_notebook(cells=[v4.new_markdown_cell(opening), *cells]))
 
 
@@ -149,13 +209,15 @@ SPOILED = {
     "0 cells are tagged": lambda n: n.cells[2].update(metadata={}),
     "2 cells are tagged": lambda n: n.cells[1].update(metadata={"tags": ["parameters"]}),
     "annotated assign": lambda n: n.cells[2].update(source="rank = 16"),
+    "assigns `changed` anew": lambda n: n.cells[4].update(source="changed = 1"),
+    "open with a banner": lambda n: n.cells[3].update(source="check_parameters(globals())"),
     "followed by check_parameters": lambda n: n.cells[3].update(source="pass"),
-    "heading Checks": lambda n: n.cells.pop(7),
-    "does not assert_allclose": lambda n: n.cells[8].update(source="assert rank == 16"),
+    "heading Checks": lambda n: n.cells.pop(8),
+    "does not assert_allclose": lambda n: n.cells[9].update(source="assert rank == 16"),
     "in order": lambda n: n.cells[4].update(execution_count=9),
     "executed once": lambda n: n.cells[4].update(execution_count=None),
     "no outputs": lambda n: [cell.update(outputs=[]) for cell in n.cells if "outputs" in cell],
-    "tagged nbval-check-output": lambda n: n.cells[6].update(metadata={}),
+    "tagged nbval-check-output": lambda n: n.cells[7].update(metadata={}),
     "metadata": lambda n: n.cells[4].update(metadata={"papermill": {"duration": 3}}),
     "run is stored": lambda n: n.metadata.update(papermill={}),
     "stderr": lambda n: n.cells[1].outputs.append(
@@ -164,13 +226,20 @@ SPOILED = {
     "15 lines": lambda n: n.cells[4].update(source="a = 1\n" * 16),
     "function f has": lambda n: n.cells[4].update(source="def f():\n" + "    a = 1\n" * 5),
     "path of one": lambda n: n.cells[4].update(source="open('/home/me/x')"),
-    "of one machine": lambda n: n.cells[6].outputs[0].update(text="wrote /opt/x\n"),
-    "address": lambda n: n.cells[6].outputs[0].update(text="<object at 0x7f00>"),
-    "40 lines": lambda n: n.cells[6].outputs[0].update(text="1\n" * 41),
+    "of one machine": lambda n: n.cells[7].outputs[0].update(text="wrote /opt/x\n"),
+    "address": lambda n: n.cells[7].outputs[0].update(text="<object at 0x7f00>"),
+    "40 lines": lambda n: n.cells[7].outputs[0].update(text="1\n" * 41),
     "error is stored": lambda n: n.cells[1].outputs.append(
         nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])
     ),
-    "followed by its reading": lambda n: n.cells.pop(5),
+    "followed by its reading": lambda n: [n.cells.pop(5), n.cells.pop(5)],
+    "the prose says 0.16, whatever": lambda n: n.cells[5].update(source="Nearly 0.16."),
+    "the prose says 16, whatever": lambda n: n.cells[6].update(metadata={}),
+    "is not tagged default-run": lambda n: n.cells[5].update(source=f"{REMARK}all is well."),
+    "does not begin with": lambda n: n.cells[6].update(source="It is 16."),
+    "holds a heading": lambda n: n.cells[6].update(source=f"{REMARK}it is\n## 16"),
+    "does not show the 17": lambda n: n.cells[6].update(source=f"{REMARK}it is 17."),
+    "does not show the 15.9": lambda n: n.cells[6].update(source=f"{REMARK}it is 15.9."),
 }
 
 

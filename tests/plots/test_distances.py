@@ -7,6 +7,7 @@ import pytest
 
 from wdlib import TYPES
 from wdlib.plots.distances import histogram, medians_by_type
+from wdlib.plots.style import look
 
 
 def test_the_histogram_is_a_density():
@@ -25,11 +26,12 @@ def test_medians_by_type_leave_a_gap_where_a_type_is_absent():
          for i, t in enumerate(types[::-1])],  # in any order
         columns=["model", "type", "median", "null"],
     )  # fmt: skip
+    looks = {name: look(n) for n, name in enumerate(("encoder", "full"))}
     _, ax = plt.subplots()
-    assert medians_by_type(data, {"encoder": "blue", "full": "red"}, ax) is ax
+    assert medians_by_type(data, looks, ax) is ax
     lines = {line.get_label(): line for line in ax.lines[::2]}
     assert {name: line.get_color() for name, line in lines.items()} == {
-        "full": "red", "encoder": "blue",
+        name: looks[name]["color"] for name in ("full", "encoder")
     }  # fmt: skip
     for (model, line), null in zip(lines.items(), ax.lines[1::2], strict=True):
         rows = data[data.model == model].set_index("type").reindex(TYPES)

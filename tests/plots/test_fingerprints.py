@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 
 from wdlib import TYPES
-from wdlib.plots import fingerprints
+from wdlib.plots import fingerprints, style
 
 
 def test_strips_stand_in_rows_with_zero_at_the_left_edge():
@@ -14,11 +14,13 @@ def test_strips_stand_in_rows_with_zero_at_the_left_edge():
          ("two", "after", "a", 0), ("two", "rounding", "Q8", 0), ("two", "rounding", "Q4", 0)],
         columns=["heading", "row", "case", "distance"],
     )  # fmt: skip
-    colors = fingerprints.data_colors(["a", "b", "a"])
+    looks = style.looks(["a", "b", "a"])
     _, ax = plt.subplots()
-    assert fingerprints.strips(data, colors, ax) is ax
-    dots = [line for line in ax.lines if line.get_marker() == "o"]
-    assert [line.get_color() for line in dots] == [colors["a"], colors["b"], colors["a"]]
+    assert fingerprints.strips(data, looks, ax) is ax
+    dots = [line for line in ax.lines if line.get_marker() in "os"]
+    for part in ("color", "marker"):
+        drawn = [getattr(line, f"get_{part}")() for line in dots]
+        assert drawn == [looks[case][part] for case in "aba"]
     x = [line.get_xdata().tolist() for line in dots]
     assert x[:2] == [[1e-3], [1e-2]]
     zero = x[2][0]
@@ -40,8 +42,8 @@ def test_points_by_type_stand_beside_each_other_over_their_type():
         {"type": ["k", "down", "k"], "data": ["a", "a", "b"], "change": [1.0, 2.0, 3.0]}
     )
     _, ax = plt.subplots()
-    assert fingerprints.points_by_type(data, fingerprints.data_colors("ab"), "change", ax) is ax
-    first, second = (line for line in ax.lines if line.get_marker() == "o")
+    assert fingerprints.points_by_type(data, style.looks("ab"), "change", ax) is ax
+    first, second = ax.lines[:2]
     np.testing.assert_array_equal(np.rint(first.get_xdata()), [TYPES.index("k"), len(TYPES) - 1])
     assert first.get_xdata()[0] < second.get_xdata()[0]
     np.testing.assert_array_equal(second.get_ydata(), [3])

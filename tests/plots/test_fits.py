@@ -28,7 +28,7 @@ def test_a_fitted_law_is_drawn_through_the_data_at_xmin():
 
 
 def test_intervals_show_the_quantiles_of_the_draws():
-    draws = pd.DataFrame({name: np.linspace(1, 2, 401) for name in fits.ESTIMATOR_COLORS})
+    draws = pd.DataFrame({name: np.linspace(1, 2, 401) for name in fits.ESTIMATOR_LOOKS})
     _, ax = plt.subplots()
     fits.intervals(draws, dict.fromkeys(draws, 1.5), ax)
     bars = [line.get_xdata() for line in ax.lines if len(line.get_xdata()) == 2]

@@ -18,7 +18,8 @@ def test_training_curves_show_each_seed_and_their_mean():
     drawn = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
     np.testing.assert_allclose(drawn["default"].get_ydata(), [2, 4, 6])
     np.testing.assert_allclose(drawn["literal q"].get_ydata(), [2, 4, 6])
-    assert drawn["literal q"].get_color() == lora.START_COLORS["literal"]
+    for name in drawn:
+        assert drawn[name].get_color() == lora.start_look(name)["color"]
     assert len(ax.lines) == 4  # two means, and the two seeds of the one that has several
 
 
@@ -34,19 +35,35 @@ def test_losses_and_gaps_are_two_panels_with_one_legend():
     assert [text.get_text() for legend in fig.legends for text in legend.texts] == ["pissa"]
 
 
-def test_a_variant_has_the_colour_of_its_initialisation():
-    assert lora.start_color("literal ← x lr3") == lora.start_color("literal")
-    assert lora.start_color("gaussian") not in lora.START_COLORS.values()
+def test_a_variant_looks_like_its_initialisation():
+    assert lora.start_look("literal ← x lr3") == lora.start_look("literal")
+    assert lora.start_look("gaussian") not in lora.START_LOOKS.values()
+    colours, markers = (
+        {look[part] for look in lora.START_LOOKS.values()} for part in ("color", "marker")
+    )
+    assert len(colours) == len(markers) == len(lora.START_LOOKS)
 
 
 def test_every_seed_is_a_point_and_the_bar_is_their_mean():
     data = pd.DataFrame({"variant": ["b", "b", "a"], "value": [1.0, 3.0, 5.0]})
     _, ax = plt.subplots()
     lora.by_variant(data, ax)
-    points = [line.get_xdata().tolist() for line in ax.lines if line.get_marker() == "o"]
+    points = [line.get_xdata().tolist() for line in ax.lines[:-1:2]]
     bars = [line.get_xdata()[0] for line in ax.lines[1:-1:2]]
     assert (points, bars) == ([[1, 3], [5]], [2, 5])
     assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"]
+
+
+def test_far_values_do_not_squeeze_the_others():
+    near = [0.01, 0.012, 0.015, 0.02, 0.018, 0.017, 0.016, 0.011, 0.013]
+    for far, scale in ((0.021, "linear"), (-0.5, "symlog")):
+        data = pd.DataFrame({"variant": ["default"] * 9 + ["pissa"], "value": [*near, far]})
+        _, ax = plt.subplots()
+        lora.by_variant(data, ax)
+        assert ax.get_xscale() == scale
+        low, high = ax.transData.transform([(0, 0), (0.02, 0)])[:, 0]
+        assert high - low > 0.15 * ax.bbox.width
+        assert ax.get_xlim()[0] < min(far, 0) < 0.02 < ax.get_xlim()[1]
 
 
 def test_a_forest_fills_only_what_stands_after_correction():
@@ -64,7 +81,10 @@ def test_a_forest_fills_only_what_stands_after_correction():
     spans, points = ax.lines[0:4:2], ax.lines[1:4:2]
     assert [list(line.get_xdata()) for line in spans] == [[0.0, 0.3], [0.1, 0.4]]
     assert [line.get_xdata()[0] for line in points] == [0.1, 0.2]
-    assert [line.get_markerfacecolor() for line in points] == ["white", lora.start_color("pissa")]
+    assert [line.get_markerfacecolor() for line in points] == [
+        "white",
+        lora.start_look("pissa")["color"],
+    ]
 
 
 def test_sensitivity_is_a_line_through_the_means_of_the_seeds():

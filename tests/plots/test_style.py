@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 
 from wdlib import paper, paths
 from wdlib.checkpoints import catalogue
@@ -79,6 +82,46 @@ def test_every_model_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "b")
     assert folder("model.safetensors", 16) == folder(str(tmp_path / "b" / "model.safetensors"), 16)
     assert folder("model.safetensors", 16).name.startswith("b-model.safetensors-r16-")
+
+
+def test_no_two_series_look_alike_even_without_colours():
+    assert len({str(style.look(n)) for n in range(280)}) == 280
+    assert len({str(style.look(n) | {"color": None}) for n in range(40)}) == 40
+    assert len({str(look) for look in style.TYPE_LOOKS.values()}) == len(style.TYPE_LOOKS)
+
+
+def test_colours_differ_for_those_who_do_not_see_red_and_green():
+    """Distances in the space of a deuteranope (Machado, Oliveira and Fernandes 2009)."""
+    seen = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
+
+    def nearest(colours):
+        rgb = np.clip(np.array([to_rgb(c) for c in colours]) @ seen.T, 0, 1)
+        apart = np.linalg.norm(rgb[:, None] - rgb[None], axis=2)
+        return apart[np.triu_indices(len(rgb), 1)].min()
+
+    palettes = [style.COLORS.values(), style._COLORS, [style.INK, *style.NULL_COLORS]]
+    assert min(nearest(list(palette)) for palette in palettes) > 0.2
+    assert nearest(["#e07b1a", "#2e7d4f", "#c0392b"]) < 0.2  # of the palette before this one
+
+
+def test_a_headline_stays_inside_its_figure():
+    fig, ax = plt.subplots(figsize=(5, 3))
+    ax.plot([0, 1])
+    style.headline(fig, "a finding of several words " * 5, "folder/model", 8)
+    fig.canvas.draw()
+    title = fig._suptitle
+    assert title.get_text().endswith("\nmodel, r = 8")
+    box = title.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= fig.bbox.x1
+    assert box.y0 >= ax.get_window_extent().y1
+
+
+def test_a_table_of_texts_shows_markup_as_text():
+    table = style.text_table(pd.DataFrame({"a<b": ["x & y", "<i>z</i>"], "n": [1, 2]}))
+    assert "&lt;i&gt;z&lt;/i&gt;" in table.data
+    assert "a&lt;b" in table.data
+    assert repr(table) == "a<b | n\nx & y | 1\n<i>z</i> | 2"
 
 
 def test_the_lowest_panel_that_is_drawn_has_labels():

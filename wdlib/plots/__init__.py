@@ -10,8 +10,11 @@ from wdlib.plots.style import (
     COLORS,
     INK,
     NULL_COLORS,
+    TYPE_LOOKS,
     folder,
+    headline,
     label_lowest,
+    looks,
     save,
     set_style,
     shades,
@@ -19,7 +22,7 @@ from wdlib.plots.style import (
 )
 
 __all__ = [
-    "ACCENT", "COLORS", "INK", "NULL_COLORS", "classes", "distances", "fingerprints", "fits",
-    "folder", "generator", "label_lowest", "lora", "save", "set_style", "shades", "spectra",
-    "text_table",
+    "ACCENT", "COLORS", "INK", "NULL_COLORS", "TYPE_LOOKS", "classes", "distances",
+    "fingerprints", "fits", "folder", "generator", "headline", "label_lowest", "looks", "lora",
+    "save", "set_style", "shades", "spectra", "text_table",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from wdlib import TYPES
-from wdlib.plots.style import ACCENT, COLORS
+from wdlib.plots.style import ACCENT, BLUE, PALE
 
 
 def distance_matrix(data: pd.DataFrame, ax: Axes) -> Axes:
@@ -38,29 +38,29 @@ def histogram(distances: np.ndarray, ax: Axes, *, bins_per_decade: int = 10) -> 
     edges = np.logspace(low, high, max(2, int((high - low) * bins_per_decade) + 1))
     counts, edges = np.histogram(distances, edges)
     density = counts / (len(distances) * np.diff(edges))
-    ax.stairs(density, edges, fill=True, color=COLORS["v"], ec=COLORS["q"], lw=0.8, baseline=0)
+    ax.stairs(density, edges, fill=True, color=PALE, ec=BLUE, lw=0.8, baseline=0)
     ax.set(xscale="log", yscale="log", xlabel="cosine distance", ylabel="density")
     return pd.DataFrame({"from": edges[:-1], "to": edges[1:], "density": density})
 
 
 def before_after(data: pd.DataFrame, ax: Axes) -> Axes:
     """Distances before and after a change of the weights: columns before, after."""
-    ax.plot(data.before, data.after, ".", color=COLORS["q"], ms=2.5, alpha=0.6)
+    ax.plot(data.before, data.after, ".", color=BLUE, ms=2.5, alpha=0.6)
     ends = [data.to_numpy().min(), data.to_numpy().max()]
     ax.plot(ends, ends, color=ACCENT, lw=1)
     ax.set(xscale="log", yscale="log", aspect="equal")
     return ax
 
 
-def medians_by_type(data: pd.DataFrame, colors: dict, ax: Axes) -> Axes:
-    """Median distances within each type: columns model, type, median, null; null as small dots."""
+def medians_by_type(data: pd.DataFrame, looks: dict[str, dict], ax: Axes) -> Axes:
+    """Median distances within each type: columns model, type, median, null; null open and small."""
     groups = data.groupby("model", sort=False)
     for i, (model, rows) in enumerate(groups):
-        color = colors[model]
+        look, color = looks[model], looks[model]["color"]
         rows = rows.set_index("type").reindex(TYPES)  # so that the line breaks at an absent type
         x = np.arange(len(TYPES)) + 0.08 * (i - (groups.ngroups - 1) / 2)
-        ax.plot(x, rows["median"], "o-", color=color, ms=5, lw=0.8, label=model)
-        ax.plot(x, rows.null, ".", color=color, ms=4)
+        ax.plot(x, rows["median"], ms=5, lw=0.8, label=model, **look)
+        ax.plot(x, rows.null, look["marker"], color=color, ms=3.5, mfc="white", mew=0.8)
     ax.set_xticks(range(len(TYPES)), TYPES)
     ax.set(yscale="log", ylabel="median distance between layers")
     return ax

@@ -1,59 +1,58 @@
 """Fingerprints of models, and what training moves in them."""
 
-from collections.abc import Iterable, Sequence
-from itertools import cycle
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from scipy import stats
 
 from wdlib import TYPES
-from wdlib.plots.style import ACCENT, COLORS, INK
+from wdlib.plots.style import ACCENT, BLUE, GREY, INK, TYPE_LOOKS, look
 
 
-def model_colors(names: list[str]) -> dict:
-    """One colour per model."""
-    return dict(zip(names, sns.color_palette("tab10", len(names)), strict=True))
-
-
-def densities_of_models(data: pd.DataFrame, colors: dict, ax: Axes) -> Axes:
+def densities_of_models(data: pd.DataFrame, looks: dict[str, dict], ax: Axes) -> Axes:
     """Densities of one type's values in several models: columns model, value, density.
 
-    Values in standard deviations of that model and type; dashed, the normal distribution.
+    Values in standard deviations of that model and type; grey, the normal distribution.
     """
     for model, rows in data.groupby("model", sort=False):
-        ax.plot(rows.value, rows.density, color=colors[model], lw=1, label=model)
+        line = looks[model] | {"marker": ""}
+        ax.plot(rows.value, rows.density, lw=1, label=model, **line)
     grid = np.linspace(-5, 5, 201)
-    ax.plot(grid, stats.norm.pdf(grid), "--", color=INK, lw=1, label="normal")
+    ax.plot(grid, stats.norm.pdf(grid), color=GREY, lw=2.5, alpha=0.6, label="normal", zorder=1)
     ax.set(yscale="log", xlim=(-14, 14), ylim=(1e-7, 3))
     return ax
 
 
-def parallel_coordinates(data: pd.DataFrame, colors: dict, ax: Axes) -> Axes:
+def parallel_coordinates(data: pd.DataFrame, looks: dict[str, dict], ax: Axes) -> Axes:
     """A line per model over the types: columns model, type, value; a gap where a type is absent."""
     for model, rows in data.groupby("model", sort=False):
         values = rows.set_index("type").value.reindex(TYPES)
         known = values.dropna()
-        ax.plot([TYPES.index(t) for t in known.index], known, ":", color=colors[model], lw=0.8)
-        ax.plot(range(len(TYPES)), values, "o-", color=colors[model], ms=4, label=model)
+        ax.plot(
+            [TYPES.index(t) for t in known.index], known, ":", color=looks[model]["color"], lw=0.8
+        )
+        ax.plot(range(len(TYPES)), values, ms=5, label=model, **looks[model])
     ax.set_xticks(range(len(TYPES)), TYPES)
     ax.set(ylabel="component of the vector", ylim=(0, None))
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handlelength=1.4)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handlelength=3)
     return ax
 
 
 def matrix_of_models(table: np.ndarray, names: list[str], ax: Axes, *, rows: bool = True) -> Axes:
     """Distances between models with their numbers; only with `rows` are the rows named."""
     shown = np.where(np.eye(len(names), dtype=bool), np.nan, table)
-    ax.imshow(shown, cmap="viridis_r", vmin=0, vmax=np.nanmax(shown))
-    dark = np.nanmax(shown) / 2
+    image = ax.imshow(shown, cmap="Blues", vmin=0, vmax=np.nanmax(shown))
+    bar = ax.figure.colorbar(image, ax=ax, shrink=0.55, pad=0.03)
+    bar.ax.tick_params(labelsize=7)
     for (i, j), value in np.ndenumerate(shown):
         if i != j:
-            color = "white" if value > dark else INK
-            ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, size=7)
+            red, green, blue, _ = image.cmap(image.norm(value))
+            light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+            color = INK if light else "white"
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, size=7.5)
     ax.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=7)
     ax.set_yticks(range(len(names)), names if rows else [], fontsize=7)
     ax.tick_params(length=0)
@@ -80,11 +79,12 @@ def dendrogram(table: np.ndarray, names: list[str], ax: Axes) -> list[int]:
 def choice_of_k(data: pd.DataFrame, axes: np.ndarray) -> np.ndarray:
     """Silhouette and stability over k, a line per rank: columns rank, k, silhouette, stability,
     spread."""
-    for (rank, rows), color in zip(data.groupby("rank"), (COLORS["q"], COLORS["up"]), strict=False):
-        axes[0].plot(rows.k, rows.silhouette, "o-", color=color, label=f"r = {rank}")
+    for number, (rank, rows) in enumerate(data.groupby("rank")):
+        line, color = look(number), look(number)["color"]
+        axes[0].plot(rows.k, rows.silhouette, ms=4, label=f"r = {rank}", **line)
         low, high = rows.stability - rows.spread, rows.stability + rows.spread
         axes[1].fill_between(rows.k, low, high, color=color, alpha=0.15, lw=0)
-        axes[1].plot(rows.k, rows.stability, "o-", color=color)
+        axes[1].plot(rows.k, rows.stability, ms=4, **line)
     axes[0].set(xlabel="clusters K", ylabel="mean silhouette", ylim=(0, 1))
     axes[1].set(xlabel="clusters K", ylabel="adjusted Rand index", ylim=(0, 1.02))
     axes[0].legend()
@@ -95,17 +95,27 @@ def cluster_map(data: pd.DataFrame, k: int, ax: Axes) -> Axes:
     """Clusters of all matrices, layers down and types across: columns type, layer, cluster."""
     table = data.pivot(index="layer", columns="type", values="cluster").reindex(columns=TYPES)
     ax.imshow(table, cmap=plt.get_cmap("viridis", k), vmin=-0.5, vmax=k - 0.5, aspect="auto")
-    ax.set_xticks(range(len(TYPES)), TYPES, rotation=90, fontsize=7)
+    ax.set_xticks(range(len(TYPES)), TYPES, rotation=90, fontsize=8)
     ax.tick_params(length=0)
     ax.grid(False)
     return ax
+
+
+def cluster_bar(k: int, axes: Sequence[Axes]) -> None:
+    """The colours of k clusters as a bar below the axes of `cluster_map`s."""
+    scale = plt.cm.ScalarMappable(plt.Normalize(-0.5, k - 0.5), plt.get_cmap("viridis", k))
+    bar = axes[0].figure.colorbar(
+        scale, ax=list(axes), ticks=range(k), location="bottom", aspect=30, shrink=0.9
+    )
+    bar.set_label("cluster, from flat spectra to steep ones")
 
 
 def cluster_centres(data: pd.DataFrame, k: int, ax: Axes) -> Axes:
     """Centres of clusters: columns cluster, index (from 1), value; colours as in `cluster_map`."""
     colors = plt.get_cmap("viridis", k)
     for number, rows in data.groupby("cluster"):
-        ax.plot(rows["index"], rows.value, color=colors(number), label=f"{number}")
+        line = look(number) | {"color": colors(number), "markevery": (number % 3, 3)}
+        ax.plot(rows["index"], rows.value, ms=3.5, label=f"{number}", **line)
     ax.set(xlabel="index i", ylabel="singular value / length of the vector", ylim=(0, None))
     ax.legend(title="cluster", ncols=2, title_fontsize=8)
     return ax
@@ -114,52 +124,43 @@ def cluster_centres(data: pd.DataFrame, k: int, ax: Axes) -> Axes:
 def identification(data: pd.DataFrame, threshold: float, ax: Axes) -> Axes:
     """Spectral differences of copies and others on a log axis: columns case, copy, distance."""
     cases = list(data.case.unique())
-    for copy, color, label in (
-        (True, COLORS["q"], "from the model it was made of"),
-        (False, COLORS["up"], "from any other"),
+    for copy, marker, color, label in (
+        (True, "o", BLUE, "from the model it was made of"),
+        (False, "^", ACCENT, "from any other"),
     ):
         rows = data[data["copy"] == copy]
         y = [cases.index(case) for case in rows.case]
-        ax.plot(rows.distance, y, "o", color=color, ms=4, alpha=0.7, mew=0, label=label)
-    ax.axvline(threshold, color=ACCENT, lw=1)
+        ax.plot(rows.distance, y, marker, color=color, ms=4.5, alpha=0.7, mew=0, label=label)
+    ax.axvline(threshold, color=INK, lw=1, ls="--", label="threshold")
     ax.set_yticks(range(len(cases)), cases)
     ax.invert_yaxis()
     ax.set(xscale="log", xlabel="spectral difference")
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     return ax
 
 
-DATA_COLORS = ("#1b4f8a", "#e07b1a", "#2e7d4f", "#7b5ea7")
-"""By the order of the data sets."""
-
-
-def data_colors(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each data set, in the order of their first appearance."""
-    return dict(zip(dict.fromkeys(names), cycle(DATA_COLORS), strict=False))
-
-
-def strips(data: pd.DataFrame, colors: dict[str, str], ax: Axes) -> Axes:
+def strips(data: pd.DataFrame, looks: dict[str, dict], ax: Axes) -> Axes:
     """Distances on a log axis in rows under headings: columns heading, row, case, distance.
 
-    Cases that `colors` names are dots of that colour; the others are red marks with their name. A
-    distance of zero stands at the left edge, beyond a line.
+    Cases that `looks` names are points of that colour and marker; the others are red bars with
+    their name. A distance of zero stands at the left edge, beyond a line.
     """
     places = list(dict.fromkeys(zip(data.heading, data.row, strict=True)))
     headings = list(dict.fromkeys(data.heading))
     y = {place: i + 1.4 * headings.index(place[0]) for i, place in enumerate(places)}
     zero = 10.0 ** (np.floor(np.log10(data.distance[data.distance > 0].min())) - 0.5)
     data = data.assign(x=np.maximum(data.distance, zero))
-    named = data[~data.case.isin(list(colors))]
+    named = data[~data.case.isin(list(looks))]
     for place, part in data.drop(named.index).groupby(["heading", "row"]):
-        cases = [case for case in colors if case in set(part.case)]
+        cases = [case for case in looks if case in set(part.case)]
         for i, case in enumerate(cases):
             x, level = part.x[part.case == case], y[place] + 0.2 * (i - (len(cases) - 1) / 2)
-            ax.plot(x, [level] * len(x), "o", color=colors[case], ms=4, alpha=0.75, mew=0)
+            ax.plot(x, [level] * len(x), ms=4, alpha=0.75, mew=0, **_points(looks[case]))
     for (heading, row, x), part in named.groupby(["heading", "row", "x"]):
         ax.plot(x, y[heading, row], "|", color=ACCENT, ms=8, mew=1.2)
         box = {"fc": "white", "ec": "none", "pad": 0.5}
         ax.annotate(", ".join(part.case), (x, y[heading, row]), (5, 0), color=ACCENT, bbox=box,
-                    fontsize=6.5, textcoords="offset points", va="center_baseline")  # fmt: skip
+                    fontsize=7.5, textcoords="offset points", va="center_baseline")  # fmt: skip
     for heading in headings:
         top = min(v for place, v in y.items() if place[0] == heading)
         ax.text(-0.01, top - 0.85, heading, transform=ax.get_yaxis_transform(), weight="bold",
@@ -174,11 +175,16 @@ def strips(data: pd.DataFrame, colors: dict[str, str], ax: Axes) -> Axes:
     return ax
 
 
-def points_by_type(data: pd.DataFrame, colors: dict[str, str], value: str, ax: Axes) -> Axes:
+def _points(look: dict) -> dict:
+    """A look without its line."""
+    return look | {"linestyle": ""}
+
+
+def points_by_type(data: pd.DataFrame, looks: dict[str, dict], value: str, ax: Axes) -> Axes:
     """A point per run, types across, data sets side by side: columns type, data, and the named."""
     for i, (name, rows) in enumerate(data.groupby("data", sort=False)):
-        x = [TYPES.index(t) + 0.22 * (i - (len(colors) - 1) / 2) for t in rows.type]
-        ax.plot(x, rows[value], "o", color=colors[name], ms=4, alpha=0.75, mew=0, label=name)
+        x = [TYPES.index(t) + 0.22 * (i - (len(looks) - 1) / 2) for t in rows.type]
+        ax.plot(x, rows[value], ms=4, alpha=0.75, mew=0, label=name, **_points(looks[name]))
     ax.axhline(0, color=INK, lw=0.6)
     ax.set_xticks(range(len(TYPES)), TYPES)
     return ax
@@ -199,7 +205,8 @@ def against_border(data: pd.DataFrame, ax: Axes) -> Axes:
     """
     for kind in TYPES:
         rows = data[data.type == kind]
-        ax.plot(rows.margin, rows.moved, "o", color=COLORS[kind], ms=3, mew=0, label=kind)
+        line = _points(TYPE_LOOKS[kind])
+        ax.plot(rows.margin, rows.moved, ms=3.5, mew=0, label=kind, **line)
     ends = np.array([data[["margin", "moved"]].min().min(), data[["margin", "moved"]].max().max()])
     ax.plot(ends, ends, color=INK, lw=0.8)
     ax.set(xscale="log", yscale="log", xlabel="distance to the border of the cluster")
@@ -210,7 +217,8 @@ def against_border(data: pd.DataFrame, ax: Axes) -> Axes:
 def runs_matrix(table: np.ndarray, data: Sequence[str], ax: Axes) -> Axes:
     """Distances between runs, which are ordered by their data set: lines between data sets."""
     shown = np.where(np.eye(len(data), dtype=bool), np.nan, table)
-    ax.figure.colorbar(ax.imshow(shown, cmap="viridis_r", vmin=0), ax=ax, shrink=0.75)
+    bar = ax.figure.colorbar(ax.imshow(shown, cmap="cividis_r", vmin=0), ax=ax, shrink=0.75)
+    bar.set_label("distance / median")
     names = list(dict.fromkeys(data))
     ends = np.cumsum([list(data).count(name) for name in names]) - 0.5
     for end in ends[:-1]:
@@ -231,7 +239,8 @@ def against_update(data: pd.DataFrame, value: str, ax: Axes) -> Axes:
     """
     for kind in TYPES:
         rows = data[(data.type == kind) & (data[value] > 0)]
-        ax.plot(rows["update"], rows[value], "o", color=COLORS[kind], ms=3, mew=0, label=kind)
+        line = _points(TYPE_LOOKS[kind])
+        ax.plot(rows["update"], rows[value], ms=3.5, mew=0, label=kind, **line)
     ax.set(xscale="log", yscale="log", xlabel=r"size of the update, $\|\Delta W\| / \|W\|$")
     ax.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")

@@ -1,16 +1,18 @@
 """Tails, power-law fits and their tests."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from scipy.stats import binomtest
 
 from wdlib.fits import alternatives, estimators
-from wdlib.plots.style import ACCENT, COLORS, INK
+from wdlib.plots.style import ACCENT, BLUE, GREY, INK, PALE, look
 
-ESTIMATOR_COLORS = {"csn": ACCENT, "full": "#2e7d4f", "loglog": "#7b5ea7"}
+ESTIMATOR_LOOKS = {name: look(number) for number, name in enumerate(estimators.ESTIMATORS, 1)}
+"""By estimator; the first has the accent's colour."""
 
 
 def ccdf_table(distances: np.ndarray, points: int = 400) -> pd.DataFrame:
@@ -23,18 +25,26 @@ def ccdf_table(distances: np.ndarray, points: int = 400) -> pd.DataFrame:
     return pd.DataFrame({"distance": x[kept], "ccdf": p[kept]})
 
 
-def ccdf(data: pd.DataFrame, ax: Axes, *, color: str = INK, label: str | None = None) -> Axes:
-    """A complementary distribution on log axes: columns distance, ccdf."""
-    ax.plot(data.distance, data.ccdf, drawstyle="steps-post", color=color, label=label)
+def ccdf(data: pd.DataFrame, ax: Axes, *, label: str | None = None, **line: Any) -> Axes:
+    """A complementary distribution on log axes: columns distance, ccdf.
+
+    line: colour and dashes of the line, as `Axes.plot` takes them.
+    """
+    line = {"color": INK} | line
+    ax.plot(data.distance, data.ccdf, drawstyle="steps-post", label=label, **line)
     ax.set(xscale="log", yscale="log", xlabel="cosine distance x", ylabel="share of distances ≥ x")
     return ax
 
 
-def fitted(fit: estimators.PowerLawFit, ax: Axes, high: float, *, color: str, label: str) -> Axes:
-    """The complementary distribution of a fitted law, dashed, from its xmin up to `high`."""
+def fitted(fit: estimators.PowerLawFit, ax: Axes, high: float, *, label: str, **line: Any) -> Axes:
+    """The complementary distribution of a fitted law from its xmin up to `high`.
+
+    line: colour and dashes of the line; dashes in the accent's colour where none are given.
+    """
     x = np.geomspace(fit.xmin, min(high, fit.xmax), 200)
     y = estimators.power_law_ccdf(fit, x)
-    ax.plot(x[y > 0], y[y > 0], "--", color=color, label=label)
+    line = {"color": ACCENT, "linestyle": "--"} | line
+    ax.plot(x[y > 0], y[y > 0], label=label, **line)
     return ax
 
 
@@ -42,7 +52,7 @@ def intervals(draws: pd.DataFrame, estimates: dict[str, float], ax: Axes) -> Axe
     """Resampled exponents, a column of `draws` per estimator, with 95 % bar and the estimate."""
     for row, (name, estimate) in enumerate(estimates.items()):
         spread = row + np.linspace(-0.25, 0.25, len(draws))
-        ax.plot(draws[name], spread, ".", color=ESTIMATOR_COLORS[name], ms=2, alpha=0.5)
+        ax.plot(draws[name], spread, ".", color=ESTIMATOR_LOOKS[name]["color"], ms=2, alpha=0.5)
         ax.plot(draws[name].quantile([0.025, 0.975]), [row, row], color=INK, lw=2)
         ax.plot(estimate, row, "X", color="white", mec=INK, ms=7)
     ax.set_yticks(range(len(estimates)), list(estimates))
@@ -61,10 +71,10 @@ def alpha_by_xmin(table: estimators.AlphaByXmin, chosen: estimators.PowerLawFit,
         table.xmin,
         table.alpha - 1.96 * table.sigma,
         table.alpha + 1.96 * table.sigma,
-        color=COLORS["v"],
+        color=PALE,
         lw=0,
     )
-    ax.plot(table.xmin, table.alpha, color=COLORS["q"])
+    ax.plot(table.xmin, table.alpha, color=BLUE)
     ax.plot(chosen.xmin, chosen.alpha, "X", color="white", mec=INK, ms=8)
     ax.set(xscale="log", yscale="log", xlabel="xmin", ylabel="α of the distances ≥ xmin")
     ax.yaxis.set_major_formatter("{x:g}")
@@ -74,16 +84,24 @@ def alpha_by_xmin(table: estimators.AlphaByXmin, chosen: estimators.PowerLawFit,
 def alternative_tails(
     distances: np.ndarray, laws: dict[str, alternatives.AlternativeFit], ax: Axes
 ) -> pd.DataFrame:
-    """The tail of the data from the laws' xmin on, with the laws; returns what it drew."""
+    """The tail of the data from the laws' xmin on, with the laws; returns what it drew.
+
+    The normal law is a broad band below the others: where its fit runs off to an exponential law,
+    as it does on heavy tails, both stay visible.
+    """
     xmin = next(iter(laws.values())).xmin
     data = ccdf_table(distances[distances >= xmin]).assign(law="data")
     ccdf(data, ax, label="distances")
     x = np.geomspace(xmin, distances.max(), 200)
     tables = [data]
-    for color, (name, law) in zip(sns.color_palette("tab10"), laws.items(), strict=False):
+    for number, (name, law) in enumerate(laws.items()):
         tables.append(pd.DataFrame({"distance": x, "ccdf": alternatives.ccdf(law, x), "law": name}))
-        label = name.replace("_", " ")
-        ax.plot(x, tables[-1].ccdf, "--", color=color, label=label, lw=1.2)
+        line = look(number) | {"markevery": (5 * number, 35), "ms": 3.5, "lw": 1.1, "zorder": 2.5}
+        if line["color"] == INK:  # the data's
+            line["color"] = GREY
+        if name == "normal":
+            line |= {"lw": 5, "alpha": 0.35, "marker": "", "linestyle": "-", "zorder": 1.5}
+        ax.plot(x, tables[-1].ccdf, label=name.replace("_", " "), **line)
     ax.set(ylim=(0.5 / data.shape[0], 1.5), ylabel="share of the tail ≥ x")
     return pd.concat(tables)
 
@@ -91,12 +109,13 @@ def alternative_tails(
 def rates(data: pd.DataFrame, ax: Axes, *, nominal: float) -> Axes:
     """Rejection rates with 95 % intervals, a row per case: columns case, test, rate, low, high."""
     cases = list(data.case.unique())
-    for color, shift, (test, rows) in zip(
-        (ACCENT, COLORS["q"]), (-0.15, 0.15), data.groupby("test", sort=False), strict=True
+    looks = (("s", ACCENT, -0.15), ("o", BLUE, 0.15))
+    for (marker, color, shift), (test, rows) in zip(
+        looks, data.groupby("test", sort=False), strict=True
     ):
         y = [cases.index(case) + shift for case in rows.case]
         ax.hlines(y, rows.low, rows.high, color=color, lw=1)
-        ax.plot(rows.rate, y, "o", color=color, ms=4, label=test)
+        ax.plot(rows.rate, y, marker, color=color, ms=4, label=test)
     ax.axvline(nominal, color=INK, lw=0.8)
     ax.set_yticks(range(len(cases)), cases)
     ax.invert_yaxis()

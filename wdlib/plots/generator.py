@@ -6,8 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
-from wdlib.plots.fits import ESTIMATOR_COLORS
-from wdlib.plots.style import ACCENT, COLORS, INK
+from wdlib.plots.style import ACCENT, BLUE, INK, PALE, PURPLE
 
 
 def replaced_share(data: pd.DataFrame, slope: float, ax: Axes) -> Axes:
@@ -15,10 +14,8 @@ def replaced_share(data: pd.DataFrame, slope: float, ax: Axes) -> Axes:
 
     slope: of the first-order law, distance = slope * share, drawn dashed.
     """
-    ax.fill_between(
-        data.share, data.low, data.high, color=COLORS["v"], lw=0, label="90 % of arrays"
-    )
-    ax.plot(data.share, data["mean"], "o-", color=COLORS["q"], ms=3, label="mean")
+    ax.fill_between(data.share, data.low, data.high, color=PALE, lw=0, label="90 % of arrays")
+    ax.plot(data.share, data["mean"], "o-", color=BLUE, ms=3, label="mean")
     ax.plot(data.share, slope * data.share, "--", color=ACCENT, label="first order")
     ax.set(xscale="log", yscale="log", xlabel="share of entries drawn again, c / N")
     ax.set(ylabel="cosine distance to the template")
@@ -32,15 +29,11 @@ def exponents(data: pd.DataFrame, ax: Axes) -> Axes:
     ends = np.array([data["shape"].min(), data["shape"].max()])
     ax.plot(ends, ends + 1, color=INK, lw=1, label="shape + 1")
     ax.errorbar(
-        data["shape"], data.window, yerr=1.96 * data.error, fmt="o", color=COLORS["q"], ms=4,
+        data["shape"], data.window, yerr=1.96 * data.error, fmt="o", color=BLUE, ms=4,
         label="distances, linear range",
     )  # fmt: skip
-    ax.plot(
-        data["shape"], data["product"], "_", color=COLORS["up"], ms=12, mew=2, label="count × χ²"
-    )
-    ax.plot(
-        data["shape"], data.csn, "x", color=ESTIMATOR_COLORS["csn"], ms=5, label="distances, csn"
-    )
+    ax.plot(data["shape"], data["product"], "_", color=PURPLE, ms=12, mew=2, label="count × χ²")
+    ax.plot(data["shape"], data.csn, "x", color=ACCENT, ms=5, label="distances, csn")
     ax.set(xlabel="shape of the Pareto counts", ylabel="α, exponent of the density")
     ax.legend(loc="upper left")
     return ax
@@ -54,7 +47,7 @@ def chi_square_panel(scaled: np.ndarray, freedom: int, ax: Axes) -> pd.DataFrame
     table = pd.DataFrame({"scaled distance": middle, "density": density})
     table["chi-square"] = stats.chi2(freedom, scale=1 / freedom).pdf(middle)
     table["normal"] = stats.norm(1, scaled.std()).pdf(middle)
-    ax.stairs(density, edges, fill=True, color=COLORS["v"])
+    ax.stairs(density, edges, fill=True, color=PALE)
     ax.plot(middle, table["chi-square"], color=ACCENT, label=f"χ², {freedom} degrees of freedom")
     ax.plot(middle, table["normal"], "--", color=INK, label="normal")
     ax.set(xlabel="distance / mean", ylim=(0, 1.35 * density.max()))
@@ -69,14 +62,14 @@ def sweep(data: pd.DataFrame, axes: np.ndarray) -> None:
     """
     top, middle, bottom = axes
     for ax, column in zip(axes, ("median", "alpha", "rate"), strict=True):
-        ax.plot(data.value, data[column], "o-", color=COLORS["q"], ms=3, lw=1)
+        ax.plot(data.value, data[column], "o-", color=BLUE, ms=3, lw=1)
         chosen = data[data.default]
-        ax.plot(chosen.value, chosen[column], "o", color=ACCENT, ms=5)
+        ax.plot(chosen.value, chosen[column], "D", color=ACCENT, ms=5)
         ax.set(xscale="log")
-        ax.tick_params(labelsize=6, which="both")
+        ax.tick_params(labelsize=7.5, which="both")
         ax.set_xticks(data.value, [f"{value:g}" for value in data.value], rotation=60)
         ax.xaxis.set_minor_locator(plt.NullLocator())
-    middle.fill_between(data.value, data.alpha_low, data.alpha_high, color=COLORS["v"], lw=0)
+    middle.fill_between(data.value, data.alpha_low, data.alpha_high, color=PALE, lw=0)
     top.set(yscale="log")
     middle.set(yscale="log", ylim=(1.2, 30))
     middle.set_yticks([2, 5, 10, 20], ["2", "5", "10", "20"])

@@ -1,37 +1,63 @@
 """Reshaped LoRA: starts, training, evaluation."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from wdlib.plots.style import ACCENT, COLORS, INK, NULL_COLORS
+from wdlib.plots.style import (
+    ACCENT,
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    SKY,
+    TYPE_LOOKS,
+    look,
+)  # fmt: skip
 
-START_COLORS = {
-    "untrained": "#8a8a8a",
+_START_COLORS = {
+    "untrained": GREY,
     "default": INK,
     "literal": ACCENT,
-    "preserved": "#1b4f8a",
-    "a_only": "#3f86c4",
-    "pissa": "#7b5ea7",
-    "one_template": "#e07b1a",
-    "independent": "#2e7d4f",
+    "preserved": BLUE,
+    "a_only": SKY,
+    "pissa": PURPLE,
+    "one_template": ORANGE,
+    "independent": GREEN,
 }
-"""By initialisation; the others are grey."""
+START_LOOKS = {
+    name: look(number) | {"color": color}
+    for number, (name, color) in enumerate(_START_COLORS.items())
+}
+"""Colour, dashes and marker by initialisation."""
 
 
-def start_color(variant: str) -> str:
-    """The colour of a variant, which begins with its initialisation."""
-    return START_COLORS.get(variant.split()[0], "#b8b8b8")
+def start_look(variant: str) -> dict[str, Any]:
+    """The look of a variant, which begins with its initialisation; a pale one if unknown."""
+    other = {"color": "#b8b8b8", "linestyle": "-", "marker": "d"}
+    return START_LOOKS.get(variant.split()[0], other)
+
+
+def _line(variant: str) -> dict[str, Any]:
+    return start_look(variant) | {"marker": ""}
+
+
+def _points(variant: str) -> dict[str, Any]:
+    return start_look(variant) | {"linestyle": ""}
 
 
 def new_entries(data: pd.DataFrame, ax: Axes) -> Axes:
     """How many entries of generated matrices were drawn again: columns type, share; log axes."""
     for kind, rows in data.groupby("type", sort=False):
         shares, left = np.sort(rows.share), np.arange(len(rows), 0, -1) / len(rows)
-        ax.plot(shares, left, drawstyle="steps-pre", color=COLORS[kind], label=kind, lw=1.2)
+        line = TYPE_LOOKS[kind] | {"marker": ""}
+        ax.plot(shares, left, drawstyle="steps-pre", label=kind, lw=1.2, **line)
     ax.set(xscale="log", yscale="log", xlabel="share x of the entries that is new")
     return ax
 
@@ -42,10 +68,10 @@ def step0_shift(data: pd.DataFrame, ax: Axes) -> Axes:
     The line joins the means. Linear in the shift below 0.1 nats, logarithmic above.
     """
     for position, (init, rows) in enumerate(data.groupby("init", sort=False)):
-        color, aside = start_color(init), 1.12 ** (position - 1)
-        ax.plot(rows.b_scale * aside, rows["shift"], "o", color=color, ms=4)
+        aside = 1.12 ** (position - 1)
+        ax.plot(rows.b_scale * aside, rows["shift"], ms=4, **_points(init))
         means = rows.groupby("b_scale")["shift"].mean()
-        ax.plot(means.index * aside, means, color=color, label=init)
+        ax.plot(means.index * aside, means, ms=5, label=init, **start_look(init))
     ax.axhline(0, color=INK, lw=0.8)
     ax.set(xscale="log", xlabel="b_scale", ylabel="change of the loss, nats")
     ax.set_yscale("symlog", linthresh=0.1)
@@ -61,7 +87,7 @@ def relative_norms(data: pd.DataFrame, ax: Axes) -> Axes:
     """The adapter's part relative to the weights, a point per layer: columns type, norm."""
     for position, (kind, rows) in enumerate(data.groupby("type", sort=False)):
         spread = position + np.linspace(-0.25, 0.25, len(rows))
-        ax.plot(spread, 100 * rows.norm, "o", color=COLORS[kind], ms=3)
+        ax.plot(spread, 100 * rows.norm, ms=3, **TYPE_LOOKS[kind] | {"linestyle": ""})
     ax.set_xticks(range(data.type.nunique()), data.type.unique())
     ax.set(ylabel="‖sBA‖ / ‖W‖, %", ylim=(0, None))
     return ax
@@ -73,33 +99,47 @@ def training_curves(data: pd.DataFrame, ax: Axes, value: str) -> Axes:
     A thin line per seed, and the mean over seeds.
     """
     for variant, rows in data.groupby("variant", sort=False):
-        color = start_color(variant)
+        line = _line(variant)
         by_seed = rows.pivot(index="step", columns="seed", values=value)
         if by_seed.shape[1] > 1:
-            ax.plot(by_seed.index, by_seed, color=color, lw=0.5, alpha=0.5)
-        ax.plot(by_seed.index, by_seed.mean(axis=1), color=color, lw=1.4, label=variant)
+            ax.plot(by_seed.index, by_seed, color=line["color"], lw=0.5, alpha=0.5)
+        ax.plot(by_seed.index, by_seed.mean(axis=1), lw=1.4, label=variant, **line)
     ax.set(xlabel="step", xlim=(1, data.step.max()))
     return ax
 
 
 def loss_and_gap(data: pd.DataFrame, axes: Sequence[Axes]) -> None:
     """Training curves in two panels: columns as above, with loss, and gap, its difference to the
-    default's; one legend above both."""
+    default's; one legend below both."""
     names = {"loss": "training loss, nats per token", "gap": "nats per token, minus default"}
     for ax, (value, name) in zip(axes, names.items(), strict=True):
         training_curves(data, ax, value).set_ylabel(name)
-    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    handles = axes[0].get_legend_handles_labels()
+    axes[0].figure.legend(*handles, loc="outside lower center", ncols=4, handlelength=3)
 
 
 def by_variant(data: pd.DataFrame, ax: Axes) -> Axes:
-    """A point per seed, the mean as a bar across: columns variant, value; variants downwards."""
+    """A point per seed, the mean as a bar across: columns variant, value; variants downwards.
+
+    Where a few values are far beyond the others, the axis is logarithmic there, and says so.
+    """
     variants = list(dict.fromkeys(data.variant))
     for y, variant in enumerate(variants):
         values = data[data.variant == variant].value
-        color = start_color(variant)
-        ax.plot(values, np.full(len(values), y), "o", color=color, ms=4, alpha=0.7, mew=0)
-        ax.plot([values.mean()] * 2, [y - 0.3, y + 0.3], color=color, lw=1.6)
-    return _rows_around_zero(variants, ax)
+        points = _points(variant)
+        ax.plot(values, np.full(len(values), y), ms=4.5, alpha=0.7, mew=0, **points)
+        ax.plot([values.mean()] * 2, [y - 0.3, y + 0.3], color=points["color"], lw=1.6)
+    _rows_around_zero(variants, ax)
+    most = float(f"{1.2 * data.value.abs().quantile(0.8):.1g}")
+    if data.value.abs().max() > 3 * most > 0:
+        ax.set_xscale("symlog", linthresh=most, linscale=1.5)
+        far = float(f"{data.value.loc[data.value.abs().idxmax()]:.1g}")
+        ax.set_xticks([far, -most, 0, most], [f"{x:g}" for x in (far, -most, 0, most)])
+        ax.axvspan(far * 2, np.copysign(most, far), color="0.95", lw=0, zorder=0)
+        ax.set_xlim(*sorted((far * 1.4, -np.copysign(1.5 * most, far))))
+        ax.minorticks_off()
+        ax.text(0.02, 0.98, "grey: logarithmic", transform=ax.transAxes, va="top", fontsize=7)
+    return ax
 
 
 def forest(data: pd.DataFrame, ax: Axes) -> Axes:
@@ -108,9 +148,10 @@ def forest(data: pd.DataFrame, ax: Axes) -> Axes:
     A filled point is one that stands after Holm's correction at 5 %.
     """
     for y, row in enumerate(data.itertuples()):
-        color = start_color(row.variant)
+        points = _points(row.variant)
+        color = points["color"]
         ax.plot([row.low, row.high], [y, y], color=color, lw=1.4, solid_capstyle="butt")
-        ax.plot(row.estimate, y, "o", color=color, mfc=color if row.holm < 0.05 else "white", ms=5)
+        ax.plot(row.estimate, y, mfc=color if row.holm < 0.05 else "white", ms=5, **points)
     return _rows_around_zero(data.variant, ax)
 
 
@@ -129,9 +170,8 @@ def sensitivity(data: pd.DataFrame, ax: Axes) -> Axes:
     A point per seed, and a line through the means of each start.
     """
     for start, rows in data.groupby("start", sort=False):
-        color = start_color(start)
-        ax.plot(rows.value, rows.loss, "o", color=color, ms=3.5, alpha=0.6, mew=0)
-        ax.plot(rows.groupby("value").loss.mean(), color=color, lw=1.4, label=start)
+        ax.plot(rows.value, rows.loss, ms=3.5, alpha=0.6, mew=0, **_points(start))
+        ax.plot(rows.groupby("value").loss.mean(), lw=1.4, ms=5, label=start, **start_look(start))
     ax.axhline(0, color=INK, lw=0.6)
     values = sorted(set(data.value))
     ax.set_xscale("log")
@@ -143,8 +183,12 @@ def sensitivity(data: pd.DataFrame, ax: Axes) -> Axes:
 def letter_shares(data: pd.DataFrame, ax: Axes) -> Axes:
     """Shares of the letters A to D, one bar for each row of the table: label, A, B, C, D."""
     left = np.zeros(len(data))
-    for letter, color in zip("ABCD", ("#1b4f8a", "#8db9dd", "#f2b366", "#a34a00"), strict=True):
+    for letter, color in zip("ABCD", (BLUE, SKY, ORANGE, ACCENT), strict=True):
         ax.barh(data.label, data[letter], left=left, color=color, label=letter, height=0.7)
+        for y, share in enumerate(data[letter]):
+            if share > 0.04:
+                ink = "white" if color in (BLUE, ACCENT) else INK
+                ax.text(left[y] + share / 2, y, letter, ha="center", va="center", size=7, color=ink)
         left += data[letter]
     ax.invert_yaxis()
     ax.set(xlim=(0, 1), xlabel="share of the questions")
@@ -154,10 +198,8 @@ def letter_shares(data: pd.DataFrame, ax: Axes) -> Axes:
 def letters_alone(data: pd.DataFrame, ax: Axes) -> Axes:
     """Accuracy against what the letters give by themselves: columns variant, expected, observed."""
     for variant, rows in data.groupby("variant", sort=False):
-        color = start_color(variant)
-        ax.plot(
-            rows.expected, rows.observed, "o", color=color, ms=4, mew=0, alpha=0.8, label=variant
-        )
+        points = _points(variant)
+        ax.plot(rows.expected, rows.observed, ms=5, mew=0.3, mec="white", label=variant, **points)
     ends = [data.expected.min(), data.expected.max()]
     ax.plot(ends, ends, color=INK, lw=0.8, zorder=0)
     ax.set(xlabel="expected from the letters alone", ylabel="accuracy in one order")
@@ -166,8 +208,8 @@ def letters_alone(data: pd.DataFrame, ax: Axes) -> Axes:
 
 def chance_of_gap(data: pd.DataFrame, gap: int, ax: Axes) -> Axes:
     """Chance that two equally good runs differ by so many answers: columns items, chance, label."""
-    for (label, rows), color in zip(data.groupby("label", sort=False), NULL_COLORS, strict=False):
-        ax.plot(rows["items"], rows.chance, "o-", color=color, ms=3, lw=1, label=label)
-    ax.axvline(gap, color=ACCENT, lw=1, ls="--")
+    for number, (label, rows) in enumerate(data.groupby("label", sort=False)):
+        ax.plot(rows["items"], rows.chance, ms=3.5, lw=1, label=label, **look(number))
+    ax.axvline(gap, color=INK, lw=1, ls="--")
     ax.set(yscale="log", xlabel="questions of difference, at least", ylabel="chance")
     return ax

@@ -6,23 +6,26 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from wdlib import TYPES
-from wdlib.plots.style import COLORS, INK, shades
+from wdlib.plots.style import ACCENT, BLUE, GREY, INK, TYPE_LOOKS, shades
 
 
 def value_density(data: pd.DataFrame, ax: Axes) -> Axes:
-    """Densities of weight values: columns type, value, density; a Gaussian of equal width dashed.
+    """Densities of weight values: columns type, value, density; a Gaussian of equal width grey.
 
     The values of each type are in units of that type's standard deviation.
     """
     for kind, rows in data.groupby("type", sort=False):
         shown = rows[rows.density > 0]
-        ax.plot(shown.value, shown.density, color=COLORS[kind], label=kind)
+        line = TYPE_LOOKS[kind] | {"marker": ""}
+        ax.plot(shown.value, shown.density, label=kind, **line)
     grid = np.linspace(-5, 5, 201)
     ax.plot(
-        grid, np.exp(-(grid**2) / 2) / np.sqrt(2 * np.pi), "--", color=INK, lw=1, label="normal"
-    )
-    ax.set(yscale="log", xlabel="value / standard deviation", ylabel="density", ylim=(1e-7, 3))
-    ax.legend(ncols=2, loc="upper right", handlelength=1.2)
+        grid, np.exp(-(grid**2) / 2) / np.sqrt(2 * np.pi), color=GREY, lw=2.5, alpha=0.6,
+        label="normal", zorder=1,
+    )  # fmt: skip
+    ax.set(yscale="log", xlabel="value / standard deviation", ylim=(1e-7, 3))
+    ax.set_ylabel("density per standard deviation")
+    ax.legend(ncols=2, loc="upper right", handlelength=2.4)
     return ax
 
 
@@ -38,12 +41,13 @@ def singular_values(data: pd.DataFrame, ax: Axes) -> Axes:
 def errors(data: pd.DataFrame, ax: Axes) -> Axes:
     """Relative errors by method, a point per matrix: columns method, error, matrices."""
     methods, kinds = list(data.method.unique()), list(data.matrices.unique())
-    for kind, color, side in zip(kinds, (COLORS["q"], COLORS["up"]), (-0.2, 0.2), strict=True):
+    looks = (("o", BLUE, -0.2), ("^", ACCENT, 0.2))
+    for kind, (marker, color, side) in zip(kinds, looks, strict=True):
         for row, method in enumerate(methods):
             shown = data.error[(data.method == method) & (data.matrices == kind)]
             spread = row + side + np.linspace(-0.13, 0.13, len(shown))
             label = kind if row == 0 else None
-            ax.plot(shown, spread, "o", color=color, alpha=0.7, mew=0, label=label)
+            ax.plot(shown, spread, marker, color=color, alpha=0.7, mew=0, label=label)
     ax.set_yticks(range(len(methods)), methods)
     ax.invert_yaxis()
     ax.set(xscale="log", xlabel="largest relative error of the values")
@@ -56,8 +60,8 @@ def relative_change(data: pd.DataFrame, ax: Axes) -> Axes:
     for kind, rows in data.groupby("type", sort=False):
         shift = (list(TYPES).index(kind) - 3) * 0.1
         ax.plot(
-            rows["index"] + shift, 100 * rows["relative change"], ".", color=COLORS[kind], ms=3,
-            label=kind,
+            rows["index"] + shift, 100 * rows["relative change"], ms=2.5, label=kind, mew=0,
+            **TYPE_LOOKS[kind] | {"linestyle": ""},
         )  # fmt: skip
     ax.axhline(0, color=INK, lw=0.8)
     low, high = ax.get_ylim()
