@@ -79,10 +79,13 @@ def _parameters(notebook):
     found = []
     if not statements or not all(isinstance(s, ast.AnnAssign) and s.value for s in statements):
         found.append("the parameters cell has other than annotated assignments")
-    if "check_parameters(globals())" not in following.source:
+    if "changed = notebooks.check_parameters(globals())" not in following.source:
         found.append("the parameters cell is not followed by check_parameters(globals())")
     if "notebooks.banner(changed, model=model" not in following.source:
         found.append("a run with other parameters does not open with a banner")
+    code = [c.source for c in notebook.cells if c.cell_type == "code"]
+    if any(re.search(r"plots\.folder\((?![^)]*changed\))", source) for source in code):
+        found.append("the folder of the figures is not made of all that is changed")
     return found
 
 
@@ -181,7 +184,7 @@ def good():
         "import matplotlib\n\nfrom wdlib import notebooks",
         "rank: int = 16  # how many",
         "changed = notebooks.check_parameters(globals())\nnotebooks.banner(changed, model=model)",
-        "draw()",
+        "draw(plots.folder(model, rank, changed))",
         "print(rank)",
         "from numpy.testing import assert_allclose\n\nassert_allclose(rank, 16)",
     ]
@@ -212,6 +215,7 @@ SPOILED = {
     "assigns `changed` anew": lambda n: n.cells[4].update(source="changed = 1"),
     "open with a banner": lambda n: n.cells[3].update(source="check_parameters(globals())"),
     "followed by check_parameters": lambda n: n.cells[3].update(source="pass"),
+    "all that is changed": lambda n: n.cells[4].update(source="draw(plots.folder(model, rank))"),
     "heading Checks": lambda n: n.cells.pop(8),
     "does not assert_allclose": lambda n: n.cells[9].update(source="assert rank == 16"),
     "in order": lambda n: n.cells[4].update(execution_count=9),
