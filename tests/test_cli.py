@@ -215,14 +215,14 @@ def test_a_notebook_whose_extra_is_not_installed_names_it(tmp_path, write_notebo
 
 def test_every_library_of_an_extra_is_known(monkeypatch):
     for module in ("matplotlib", "pandas", "seaborn", "powerlaw", "ipykernel", "jupyter_client"):
-        assert "`notebooks`" in notebooks.lacking(module)
+        assert "`notebooks`" in notebooks.runs.lacking(module)
     for module in ("accelerate", "datasets", "lm_eval", "peft", "torch", "transformers", "yaml"):
-        assert "`lora`" in notebooks.lacking(module)
-    assert notebooks.lacking("nowhere.at.all") == (
+        assert "`lora`" in notebooks.runs.lacking(module)
+    assert notebooks.runs.lacking("nowhere.at.all") == (
         "nowhere is not installed: install it into the environment that wdlib runs in"
     )
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: None)
-    assert notebooks.lacking("torch").startswith("torch is not installed: install it")
+    assert notebooks.runs.lacking("torch").startswith("torch is not installed: install it")
 
 
 def test_the_package_is_the_command():

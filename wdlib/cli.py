@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ModuleNotFoundError as error:
-        from wdlib.notebooks import lacking
+        from wdlib.notebooks.runs import lacking
 
         return _failed(lacking(error.name or ""))
     except OSError as error:
@@ -76,19 +76,22 @@ def _say(text: str) -> None:
 
 
 def _figures(options: argparse.Namespace) -> None:
-    from wdlib.notebooks import Progress, figures
+    from wdlib.notebooks import figures
+    from wdlib.notebooks.runs import Progress
 
     figures(only=options.only, force=options.force, progress=Progress(sys.stderr))
 
 
 def _refresh(options: argparse.Namespace) -> None:
-    from wdlib.notebooks import Progress, refresh
+    from wdlib.notebooks import refresh
+    from wdlib.notebooks.runs import Progress
 
     refresh(only=options.only, progress=Progress(sys.stderr))
 
 
 def _run(options: argparse.Namespace) -> None:
-    from wdlib.notebooks import Progress, find_notebook, parameters_from_text, run_notebook
+    from wdlib.notebooks import find_notebook, parameters_from_text, run_notebook
+    from wdlib.notebooks.runs import Progress
 
     notebook = find_notebook(options.notebook)
     output = options.output or paths.CACHE / "executed" / notebook.name
@@ -231,7 +234,7 @@ def _experiments(options: argparse.Namespace) -> None:
 
     from wdlib.lora.grid import WORK, chosen, run_grid, state
     from wdlib.lora.results import RESULTS
-    from wdlib.notebooks import Progress
+    from wdlib.notebooks.runs import Progress
     from wdlib.spectra import workers
 
     if not options.dry_run:

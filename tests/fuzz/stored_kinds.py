@@ -421,7 +421,7 @@ def mutate_parameters(rng: Random, data: bytes) -> bytes:
 def read_parameters(path: Path) -> Any:
     book = path.parent / "a.ipynb"
     given = notebooks.parameters_from_text(book, json.loads(path.read_bytes()))
-    notebooks._check(notebooks.declared_parameters(book), given)
+    notebooks.parameters.check(notebooks.declared_parameters(book), given)
     return given
 
 

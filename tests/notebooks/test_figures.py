@@ -23,7 +23,7 @@ def two(house, write_notebook, monkeypatch):
 def ran(**options):
     """The numbered notebooks that a call of `figures` ran, from what it says."""
     stream = io.StringIO()
-    notebooks.figures(progress=notebooks.Progress(stream), **options)
+    notebooks.figures(progress=notebooks.runs.Progress(stream), **options)
     lines = [line for line in stream.getvalue().splitlines() if " elapsed" not in line]
     assert [line[:2] for line in lines] == (
         [options["only"]] if "only" in options else ["00", "01"]
@@ -52,23 +52,23 @@ def test_only_what_is_out_of_date_runs(two):
 
 def test_inputs_shared_by_all_put_all_out_of_date(two):
     notebook = paths.NOTEBOOKS / "00_a.ipynb"
-    states = [notebooks._state(notebook)]
+    states = [notebooks.runs._state(notebook)]
     (paths.SPECTRA / "m.safetensors").write_bytes(b"1")
-    states.append(notebooks._state(notebook))
+    states.append(notebooks.runs._state(notebook))
     paths.CATALOGUE.write_text("[model]")
-    states.append(notebooks._state(notebook))
+    states.append(notebooks.runs._state(notebook))
     assert len({state["sources"] for state in states}) == 3
 
 
 def test_an_edit_in_any_room_puts_all_out_of_date(two, monkeypatch):
     package, notebook = two / "package", paths.NOTEBOOKS / "00_a.ipynb"
     monkeypatch.setattr(notebooks, "__file__", str(package / "notebooks.py"))
-    states = [notebooks._state(notebook)]
+    states = [notebooks.runs._state(notebook)]
     for one, other, style in [("1", "2", ""), ("2", "1", ""), ("2", "1", "lines.linewidth: 1")]:
         for name, text in (("fits/a.py", one), ("plots/a.py", other), ("plots/s.mplstyle", style)):
             (package / name).parent.mkdir(parents=True, exist_ok=True)
             (package / name).write_text(text)
-        states.append(notebooks._state(notebook))
+        states.append(notebooks.runs._state(notebook))
     assert len({state["sources"] for state in states}) == 4
 
 
@@ -76,8 +76,8 @@ def test_a_notebook_that_fails_stays_out_of_date(two, write_notebook):
     write_notebook(paths.NOTEBOOKS / "01_b.ipynb", "raise ValueError('no')")
     with pytest.raises(WdlibError, match=r"01_b.ipynb stopped in cell"):
         notebooks.figures()
-    assert notebooks._recorded(paths.NOTEBOOKS / "00_a.ipynb") is not None
-    assert notebooks._recorded(paths.NOTEBOOKS / "01_b.ipynb") is None
+    assert notebooks.runs._recorded(paths.NOTEBOOKS / "00_a.ipynb") is not None
+    assert notebooks.runs._recorded(paths.NOTEBOOKS / "01_b.ipynb") is None
 
 
 def test_refresh_stores_outputs_that_stay_the_same(two):
@@ -100,11 +100,11 @@ def test_refresh_leaves_a_notebook_that_fails_as_it_was(two, write_notebook):
 
 def test_progress_names_notebook_cell_and_time(two):
     stream = io.StringIO()
-    notebooks.figures(progress=notebooks.Progress(stream))
+    notebooks.figures(progress=notebooks.runs.Progress(stream))
     assert stream.getvalue().startswith("notebook 1 of 2, 00_a, cell 1 of 4, 0:0")
     stream.isatty = lambda: True
     stream.truncate(0)
-    notebooks.figures(progress=notebooks.Progress(stream), only="01", force=True)
+    notebooks.figures(progress=notebooks.runs.Progress(stream), only="01", force=True)
     assert "\r\x1b[Knotebook 1 of 1, 01_b, cell 4 of 4, 0:" in stream.getvalue()
 
 

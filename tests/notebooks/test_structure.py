@@ -118,7 +118,7 @@ def _prose(cell, notebook) -> Iterator[str]:
     default run.
     """
     numbers = NUMBER.findall(CONSTANT.sub(" ", cell.source))
-    if notebooks.DEFAULT_RUN not in cell.metadata.get("tags", []):
+    if notebooks.runs.DEFAULT_RUN not in cell.metadata.get("tags", []):
         yield from (f"the prose says {number}, whatever the run" for number in numbers)
         if REMARK.strip() in cell.source:
             yield "a remark on the default run is not tagged default-run"
