@@ -26,7 +26,7 @@ def test_an_interrupt_is_exit_130(monkeypatch):
     def interrupted(**options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(notebooks, "figures", interrupted)
+    monkeypatch.setattr(notebooks.runs, "figures", interrupted)
     assert cli.main(["figures"]) == 130
 
 

@@ -76,22 +76,20 @@ def _say(text: str) -> None:
 
 
 def _figures(options: argparse.Namespace) -> None:
-    from wdlib.notebooks import figures
-    from wdlib.notebooks.runs import Progress
+    from wdlib.notebooks.runs import Progress, figures
 
     figures(only=options.only, force=options.force, progress=Progress(sys.stderr))
 
 
 def _refresh(options: argparse.Namespace) -> None:
-    from wdlib.notebooks import refresh
-    from wdlib.notebooks.runs import Progress
+    from wdlib.notebooks.runs import Progress, refresh
 
     refresh(only=options.only, progress=Progress(sys.stderr))
 
 
 def _run(options: argparse.Namespace) -> None:
-    from wdlib.notebooks import find_notebook, parameters_from_text, run_notebook
-    from wdlib.notebooks.runs import Progress
+    from wdlib.notebooks.parameters import parameters_from_text
+    from wdlib.notebooks.runs import Progress, find_notebook, run_notebook
 
     notebook = find_notebook(options.notebook)
     output = options.output or paths.CACHE / "executed" / notebook.name
@@ -401,7 +399,7 @@ def _model_names() -> Iterable[str]:
 
 
 def _notebook_names() -> Iterable[str]:
-    from wdlib.notebooks import numbered
+    from wdlib.notebooks.files import numbered
 
     return [path.name[:2] for path in numbered()]
 

@@ -62,7 +62,7 @@ def test_inputs_shared_by_all_put_all_out_of_date(two):
 
 def test_an_edit_in_any_room_puts_all_out_of_date(two, monkeypatch):
     package, notebook = two / "package", paths.NOTEBOOKS / "00_a.ipynb"
-    monkeypatch.setattr(notebooks, "__file__", str(package / "notebooks.py"))
+    monkeypatch.setattr(paths, "PACKAGE", package)
     states = [notebooks.runs._state(notebook)]
     for one, other, style in [("1", "2", ""), ("2", "1", ""), ("2", "1", "lines.linewidth: 1")]:
         for name, text in (("fits/a.py", one), ("plots/a.py", other), ("plots/s.mplstyle", style)):

@@ -9,8 +9,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
-from wdlib import WdlibError, first_line, paper
-from wdlib.checkpoints import catalogue
+from wdlib import WdlibError, first_line
 from wdlib.notebooks.files import read, tagged
 
 if TYPE_CHECKING:
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
 
 _NO_PYTHON = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)
 """What `ast` raises for texts that are no Python, or nest too deeply."""
-
-_USUAL = {"model": catalogue.DEFAULT, "rank": paper.RANKS[0]}
-"""What the stored runs of all notebooks have in common."""
 
 
 def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,18 +41,20 @@ def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     return {name: namespace[name] for name, value in defaults if namespace[name] != value}
 
 
-def banner(
-    changed: Mapping[str, Any], *, model: str, rank: int = paper.RANKS[0]
-) -> "Markdown | None":
+def banner(changed: Mapping[str, Any], *, model: str, rank: int | None = None) -> "Markdown | None":
     """What a run that is not the stored one says at its top; None for the stored one.
 
-    changed: what `check_parameters` returned. model, rank: the run's, which an edit of the
-    parameters cell before its first run changes unseen.
+    changed: what `check_parameters` returned. model, rank: the run's, where it has them, which an
+    edit of the parameters cell before its first run changes unseen.
     """
     from IPython.display import Markdown
 
-    given = {"model": model, "rank": rank}
-    edited = {name: value for name, value in given.items() if _USUAL[name] != value}
+    from wdlib import paper
+    from wdlib.checkpoints.catalogue import DEFAULT
+
+    given = {"model": model, "rank": rank if rank is not None else paper.RANKS[0]}
+    usual = {"model": DEFAULT, "rank": paper.RANKS[0]}
+    edited = {name: value for name, value in given.items() if usual[name] != value}
     told = ", ".join(f"`{name} = {value!r}`" for name, value in (edited | dict(changed)).items())
     if not told:
         return None
