@@ -21,7 +21,7 @@ WORDS = 12
 CLAIMS = "The claims"
 VERDICTS = {
     r"reproduced": "reproduced",
-    r"not reproduced|against|no gain|worse|the groups arrive, the classes .* do not": "not reproduced",
+    r"not reproduced|against|no gain|worse|the groups arrive, the classes": "not reproduced",
     r"cannot be tested|depends|not shown|weakly against it in \d of \d|not seen": "open",
 }
 """How a verdict of a notebook begins, and what the page calls it."""
@@ -246,7 +246,8 @@ OURS = (
     Row(
         says="Is it the start, or the size of the steps?",
         notebook="08",
-        found=r"\ndefault [^|]*(?:0\.0006|× 3\))\|default\|-([\d.]+)(?s:.*?)\npissa\|default\|-([\d.]+)",
+        found=r"\ndefault [^|]*(?:0\.0006|× 3\))\|default\|-([\d.]+)(?s:.*?)"
+        r"\npissa\|default\|-([\d.]+)",
         words="the size: a triple rate gains {0} nats, PiSSA {1}",
         figure="08_sensitivity",
     ),

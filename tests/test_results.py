@@ -38,12 +38,12 @@ def test_another_number_in_a_notebook_is_another_page(stored):
 
 
 def test_another_verdict_in_a_notebook_is_another_page(stored):
-    folder = stored("05", "<td>not reproduced</td>", "<td>reproduced</td>")
+    folder = stored("05", ">not reproduced<", ">reproduced<")
     assert "| reproduced | 16 of 28 pairs; " in RESULTS["page"](folder)
 
 
 def test_a_verdict_that_is_not_known_is_refused(stored):
-    folder = stored("05", "<td>not reproduced</td>", "<td>perhaps</td>")
+    folder = stored("05", ">not reproduced<", ">perhaps<")
     with pytest.raises(WdlibError, match="the verdict 'perhaps'"):
         RESULTS["page"](folder)
 
