@@ -21,7 +21,7 @@ test-cluster: setup .venv-workflow/bin/snakemake; @PATH="$(CURDIR)/.venv/bin:$(C
 ## site          the site, in build/site
 site: .venv-site/bin/sphinx-build; .venv-site/bin/sphinx-build -qEaW --keep-going -c docs -d build/doctrees . build/site
 ## test-site     every page of it in Chromium, the system's, at two widths
-test-site: site; .venv-site/bin/python tests/site/browse.py build/site
+test-site: site; .venv-site/bin/python tests/website/browse.py build/site
 .venv-site/bin/sphinx-build: requirements-site.lock | setup; .venv/bin/python -m venv --clear .venv-site && .venv-site/bin/python -m pip install -qq -r requirements-site.lock
 ## bench         docs/bench.md, anew
 bench: setup; .venv/bin/python -m venv .venv-bench && .venv-bench/bin/python -m pip install -qq -r requirements-bench.lock && .venv/bin/python docs/bench.py

@@ -44,8 +44,6 @@ def face(station: str) -> dict[str, tuple[str, ast.stmt, str]]:
     """What a face shows, rooms apart: by name, the module that defines it, statement, docstring."""
     module = f"wdlib.{station}"
     path = source(module)
-    if path is None:
-        raise ValueError(f"wdlib has no station {station}")
     here = definitions(path)
     if path.name != "__init__.py":
         shown = {n: d for n, d in here.items() if not n.startswith("_") and d[1]}
@@ -97,6 +95,8 @@ class Face(SphinxDirective):
         """The docstring of the station, and an entry for each name."""
         (station,) = self.arguments
         path = source(f"wdlib.{station}")
+        if path is None:
+            raise self.error(f"wdlib has no station {station}: name one of those in wdlib/")
         text = [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "", ""]
         for name, (_, statement, docstring) in face(station).items():
             kind = {ast.FunctionDef: "function", ast.ClassDef: "class"}.get(type(statement), "data")

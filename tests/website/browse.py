@@ -1,11 +1,11 @@
 """What a reader meets on the built site, in a real browser: `make test-site`.
 
-    .venv-site/bin/python tests/site/browse.py build/site [SCREENSHOTS]
+    .venv-site/bin/python tests/website/browse.py build/site [SCREENSHOTS]
 
-Opens every page in headless Chromium, the system's, at two widths. Fails on an error in the console,
-a request that fails or leaves the machine, a page wider than its window, a picture that is not
-loaded, TeX that is not typeset, and a search that does not answer. Writes a picture of each page to
-the folder SCREENSHOTS, where one is given.
+Opens every page in headless Chromium, the system's, at two widths. Fails on an error in the
+console, a request that fails or leaves the machine, a page wider than its window, a picture that is
+not loaded, TeX that is not typeset, and a search that does not answer. Writes a picture of each
+page to the folder SCREENSHOTS, where one is given.
 """
 
 import shutil
@@ -16,7 +16,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, TimeoutError, sync_playwright
 
 WIDTHS = (1280, 390)
 SEARCH = ("goodness of fit", "notebooks/04_power_law_or_not.html")
@@ -58,7 +58,7 @@ def search(page: Page, root: str) -> Iterator[str]:
     try:
         page.wait_for_selector("#search-results li a", timeout=20_000)
         page.wait_for_timeout(1500)
-    except Exception:
+    except TimeoutError:
         yield f"search for {words!r} finds nothing"
         return
     found = page.eval_on_selector_all("#search-results li a", "links => links.map(a => a.href)")
@@ -73,7 +73,9 @@ def main() -> None:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         sys.exit("test-site needs Chromium: install the system's (Debian: chromium)")
-    names = sorted(str(p.relative_to(site)) for p in site.rglob("*.html") if "_static" not in p.parts)
+    names = sorted(
+        str(p.relative_to(site)) for p in site.rglob("*.html") if "_static" not in p.parts
+    )
     names = [name for name in names if name not in ("index.html", "search.html", "genindex.html")]
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -85,7 +87,9 @@ def main() -> None:
             page.on("console", lambda m: heard.append(m.text) if m.type == "error" else None)
             page.on("pageerror", lambda error: heard.append(str(error)))
             page.on("requestfailed", lambda request: heard.append(f"failed: {request.url}"))
-            page.on("request", lambda r: heard.append(f"asks {r.url}") if root not in r.url else None)
+            page.on(
+                "request", lambda r: heard.append(f"asks {r.url}") if root not in r.url else None
+            )
             for name in names:
                 found += [f"{name} at {width}: {p}" for p in problems(page, root, name, heard)]
                 if pictures:
@@ -93,7 +97,8 @@ def main() -> None:
                     page.screenshot(path=shot)
             found += [f"at {width}: {p}" for p in search(page, root)]
         browser.close()
-    print(f"{len(names)} pages at {' and '.join(map(str, WIDTHS))} pixels: {len(found)} problems")
+    widths = " and ".join(map(str, WIDTHS))
+    sys.stdout.write(f"{len(names)} pages at {widths} pixels: {len(found)} problems\n")
     if found:
         sys.exit("\n".join(found))
 
