@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
-PLUMBING = re.compile(r"^(?:import|from) |check_parameters\(|plots\.(?:save|text_table)\(", re.M)
-"""Occurs in cells that import, check parameters, or only show what others computed."""
+PLUMBING = re.compile(
+    r"^(?:import|from) |check_parameters\(|plots\.(?:save|text_table)\(|^(?:display\()?Markdown\(",
+    re.M,
+)
+"""Occurs in cells that import, check parameters, or only show or tell what others computed."""
 
 
 def hide(notebook: dict) -> None:

@@ -56,6 +56,7 @@ def test_every_station_that_notebooks_use_has_its_functions_shown():
         ("from wdlib import fits\nx = 1", True),
         ("notebooks.check_parameters(globals())", True),
         ("fig, ax = plt.subplots()\nplots.save(fig, 'x', table)", True),
+        ("said = f'{alpha:.2f}'\nMarkdown(said)", True),
         ("fit = fits.power_law(values)", False),
         ("model: str = 'x'", False),
     ],
