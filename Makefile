@@ -1,5 +1,5 @@
 # One line each, no logic: set-up is .ci/setup, everything else the `wdlib` command.
-.PHONY: help figures test fuzz lab notebooks experiments workflow test-cluster bench bench-gpu setup fetch lint
+.PHONY: help figures test fuzz lab notebooks experiments workflow test-cluster site test-site bench bench-gpu setup fetch lint
 help: ; @sed -n 's/^## /  make /p' Makefile
 ## figures       every figure that is out of date, after set-up and downloads
 figures: fetch; @.venv/bin/wdlib figures
@@ -18,6 +18,11 @@ workflow: setup .venv-workflow/bin/snakemake; @PATH="$(CURDIR)/.venv/bin:$(CURDI
 ## test-cluster  the same results on a SLURM cluster of this machine, as root
 test-cluster: setup .venv-workflow/bin/snakemake; @PATH="$(CURDIR)/.venv/bin:$(CURDIR)/.venv-workflow/bin:$$PATH" .venv/bin/python tests/cluster/run.py
 .venv-workflow/bin/snakemake: requirements-workflow.lock | setup; .venv/bin/python -m venv --clear .venv-workflow && .venv-workflow/bin/python -m pip install -qq -r requirements-workflow.lock
+## site          the site, in build/site
+site: .venv-site/bin/sphinx-build; .venv-site/bin/sphinx-build -qEaW --keep-going -c docs -d build/doctrees . build/site
+## test-site     every page of it in Chromium, the system's, at two widths
+test-site: site; .venv-site/bin/python tests/website/browse.py build/site
+.venv-site/bin/sphinx-build: requirements-site.lock | setup; .venv/bin/python -m venv --clear .venv-site && .venv-site/bin/python -m pip install -qq -r requirements-site.lock
 ## bench         docs/bench.md, anew
 bench: setup; .venv/bin/python -m venv .venv-bench && .venv-bench/bin/python -m pip install -qq -r requirements-bench.lock && .venv/bin/python docs/bench.py
 ## bench-gpu     docs/gpu.md, anew, on a machine with a GPU
