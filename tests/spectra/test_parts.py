@@ -189,7 +189,7 @@ def test_an_error_in_a_worker_is_raised_and_ends_the_work(
         pytest.raises(WdlibError, match=r"layers\.1\.self_attn\.q_proj\.weight.* NaN or infinity"),
     ):
         jobs.compute(folder, 4, executor=pool)
-    assert len(computed) < 100
+    assert len(computed) < 150  # of 210; the 93 before it cost more or as much
 
 
 def test_a_worker_that_dies_is_said_in_one_sentence(tmp_path: Path) -> None:
