@@ -8,7 +8,7 @@ test: lint fetch; .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope
 ## fuzz          ten minutes of attacks on every reader; writes the table of docs/reliability.md
 fuzz: setup; @OMP_NUM_THREADS=1 PYTHONPATH=tests .venv/bin/python -m fuzz
 ## lab           the notebooks in JupyterLab
-lab: fetch; .venv/bin/jupyter lab notebooks
+lab: fetch; .venv/bin/jupyter lab --config=notebooks/jupyter_server_config.py --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 ## notebooks     the stored outputs of the notebooks, anew
 notebooks: fetch; @.venv/bin/wdlib refresh
 ## experiments   what is left of the LoRA grid, days of work; OPTIONS="--dry-run" lists it
