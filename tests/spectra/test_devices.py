@@ -147,15 +147,25 @@ def test_a_wrong_device_cannot_break_the_bound(
             assert_proven(W, top_singular_values(W, r, device=device))
 
 
-def test_what_does_not_fit_is_computed_by_the_cpu(
-    device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+FAILURES = {
+    "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    "memory of mps": RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"),
+    "workspace": RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling create"),
+    "eigenvalues": torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge"),
+    "operation": NotImplementedError("'aten::x' is not currently implemented for the MPS device"),
+}
 
-    monkeypatch.setattr(Torch, "largest", full)
+
+@pytest.mark.parametrize("why", FAILURES)
+def test_what_a_device_cannot_do_is_done_by_the_cpu(
+    why: str, device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*_: object) -> None:
+        raise FAILURES[why]
+
+    monkeypatch.setattr(Torch, "largest", fails)
     W = gaussian(N, M)
-    with pytest.warns(RuntimeWarning, match="memory of .* is too small for some"):
+    with pytest.warns(RuntimeWarning, match=r"cannot compute some matrices \(.*\): the CPU"):
         found = top_singular_values(W, 16, device=device, name="tensor a")
     same(found, top_singular_values(W, 16))
     folder = tiny.write_llama(tmp_path / "toy", hidden=336)
@@ -166,6 +176,15 @@ def test_what_does_not_fit_is_computed_by_the_cpu(
     known = jobs.compute(folder, 16)
     for t in known.values:
         np.testing.assert_allclose(job.values[t], known.values[t], rtol=2e-5)
+
+
+def test_a_fault_of_a_device_is_raised(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Torch, "largest", fails)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        top_singular_values(gaussian(N, M), 16, device=device)
 
 
 def same(one: SingularValues, two: SingularValues) -> None:

@@ -66,9 +66,9 @@ def top_singular_values(
     the proof fails, a slower method answers.
     device: "cpu", "cuda", "cuda:1", ... or "mps", where all is computed; None is where the matrix
     is. The device need not be trusted in float32: what rounding did is in the proof. A device
-    without float64 (mps) leaves what is proven in float64 to the CPU. A matrix that does not fit
-    into the device's memory is computed on the CPU, with a RuntimeWarning. The CPU uses one thread
-    of BLAS: matrices side by side are faster (`wdlib.spectra.compute`).
+    without float64 (mps) leaves what is proven in float64 to the CPU. Where the device's memory or
+    torch's operations on it do not suffice, the CPU computes the matrix, with a RuntimeWarning. The
+    CPU uses one thread of BLAS: matrices side by side are faster (`wdlib.spectra.compute`).
 
     Raises WdlibError for NaN, infinity, an r out of range (`name` is named in the message), or a
     device that is not there.
@@ -113,22 +113,34 @@ def _real(matrix: Any, name: str) -> tuple[Array, float]:
     return wide, 0.0 if same else float(np.finfo(float).eps * np.linalg.norm(wide))
 
 
+_SHORT = {
+    "out of memory": "its memory is too small",
+    "ALLOC_FAILED": "its memory is too small",
+    "failed to converge": "its eigenvalue solver fails",
+    "implemented for": "torch lacks an operation there",
+}
+"""Words of torch's errors where a device cannot do a matrix, and why; others are faults."""
+
+
 def _on_device(W: Array, r: int, device: str, name: str) -> SingularValues | None:
-    """The values by a device; None where its memory or its types are too small for the matrix."""
+    """The values by a device; None where its memory, types or operations do not suffice."""
     import torch
 
-    xp = Torch(device)
-    if not xp.exact and W.dtype in (np.float64, torch.float64):
-        return None
     try:
+        xp = Torch(device)
+        if not xp.exact and W.dtype in (np.float64, torch.float64):
+            return None
         return _values(xp, xp.take(W), r, name)
-    except torch.OutOfMemoryError:
-        warnings.warn(
-            f"the memory of {device} is too small for some matrices: the CPU computes these.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-        return None
+    except RuntimeError as error:
+        why = next((text for words, text in _SHORT.items() if words in str(error)), None)
+        if why is None:
+            raise
+    warnings.warn(
+        f"{device} cannot compute some matrices ({why}): the CPU computes these.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return None
 
 
 def _values(xp: Backend, W: Array, r: int, name: str) -> SingularValues:
