@@ -42,7 +42,7 @@ def test_a_commit_is_checked_as_make_lint_does_and_more():
 def test_no_file_names_a_path_of_one_machine():
     hook = hooks()["paths"]
     wrong, exclude = re.compile(hook["entry"]), re.compile(hook["exclude"])
-    for text in ("open('/home/me/x')", "at /tmp/x", "(/root/.cache)", "file=/work/main"):
+    for text in ("open('/home/me/x')", "at /tmp/x", "(/root/.cache)", "file=/work/models"):
         assert wrong.search(text)
     for text in ("https://host/home/me", "data/tmp/x", "~/opt/x", "${HOME}/work/x", "</work>"):
         assert not wrong.search(text)
