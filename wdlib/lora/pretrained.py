@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
@@ -280,8 +279,8 @@ def _converted(checkpoint: Checkpoint) -> Path:
         if folder.exists():
             _log.warning("%s is damaged and is made again", folder)
             shutil.rmtree(folder)
-        with TemporaryDirectory(dir=folder.parent) as scratch:
-            made = Path(scratch) / folder.name
+        with paths.scratch(folder.parent, folder.name) as scratch:
+            made = scratch / folder.name
             try:
                 _convert(checkpoint, made)
                 paths.mark_whole(made)
