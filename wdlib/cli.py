@@ -247,8 +247,7 @@ def _experiments(options: argparse.Namespace) -> None:
             name = "-" if needed is None else needed.stem
             print(f"{cell.tier}  {cell.run.key}  {name}  {state(cell, **places)}")
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(options.threads or max(1, min(2, (cores or 1) // options.workers)))
+    torch.set_num_threads(options.threads or max(1, min(2, workers.cores() // options.workers)))
     settings = {"data_folder": options.data_folder, **places}
     progress = Progress(sys.stderr).line
     with workers.processes(options.workers) if options.workers > 1 else nullcontext() as executor:

@@ -43,7 +43,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         return request.param
     stand_in = Torch("cpu")
     stand_in.exact, stand_in.single_product, name = STAND_INS[request.param]
-    for room in (kernel, arrays, jobs):
+    for room in (arrays, jobs):
         monkeypatch.setattr(room, "check_device", lambda device: None)
     monkeypatch.setattr(kernel, "Torch", lambda device: stand_in)
     monkeypatch.setattr(arrays, "own_stream", lambda device: None)

@@ -25,7 +25,7 @@ def test_one_process_per_core_as_far_as_work_and_memory_go(
     each = workers.WORKER_BYTES + 12 * largest
     work = sum(workers.cost(part) for part in parts)
     cores, memory = 64, 10**15
-    monkeypatch.setattr(workers, "_cores", lambda: cores)
+    monkeypatch.setattr(workers, "cores", lambda: cores)
     monkeypatch.setattr(workers, "free_memory", lambda: memory)
     assert workers.number_for(parts) == 1, "a small job pays for a start"
     monkeypatch.setattr(workers, "WORKER_COST", work // 5)

@@ -57,9 +57,8 @@ def read(part: Part, *, decoded: bool = True) -> Projection:
     """
     raw = read_rows(part.tensor, *part.rows)
     if decoded or part.tensor.dtype not in STORED or not isinstance(raw, np.ndarray):
-        return _projection(part, raw)
-    entry, matrix = part.entry, _laid_out(part, raw.view(STORED[part.tensor.dtype]))
-    return Projection(entry.layer, entry.type, entry.name, matrix, entry.expert)
+        return _projection(part, _matrix(part, raw))
+    return _projection(part, _laid_out(part, raw.view(STORED[part.tensor.dtype])))
 
 
 def read_all(parts: Sequence[Part]) -> Iterator[Projection]:
@@ -75,7 +74,7 @@ def read_all(parts: Sequence[Part]) -> Iterator[Projection]:
         for part, following in zip_longest(parts, parts[1:]):
             ahead = ahead or pool.submit(read_rows, part.tensor, *part.rows)
             raw = ahead.result()
-            made = [_projection(part, raw)]
+            made = [_projection(part, _matrix(part, raw))]
             # Only now: two matrices as stored and one in float32 would be the peak otherwise.
             again = following and (following.tensor, following.rows) == (part.tensor, part.rows)
             same = following and following.tensor == part.tensor
@@ -109,9 +108,9 @@ def requantise(projection: Projection, kind: str) -> Projection:
     return dataclasses.replace(projection, matrix=matrix)
 
 
-def _projection(part: Part, raw: np.ndarray | Rows) -> Projection:
+def _projection(part: Part, matrix: np.ndarray) -> Projection:
     entry = part.entry
-    return Projection(entry.layer, entry.type, entry.name, _matrix(part, raw), entry.expert)
+    return Projection(entry.layer, entry.type, entry.name, matrix, entry.expert)
 
 
 def _matrix(part: Part, raw: np.ndarray | Rows) -> np.ndarray:

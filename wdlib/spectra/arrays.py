@@ -201,8 +201,10 @@ class Torch:
         return x.float()
 
     def gram(self, W: Array) -> Array:
-        as_type, width = (self.single, 4) if self.single_product else (self.double, 8)
-        step = SUMMANDS if self.single_product else max(1, self.product_bytes // (width * len(W)))
+        if self.single_product:
+            as_type, step = self.single, SUMMANDS
+        else:
+            as_type, step = self.double, max(1, self.product_bytes // (8 * len(W)))
         first = as_type(W[:, :step])
         G = first @ first.T
         for j in range(step, W.shape[1], step):

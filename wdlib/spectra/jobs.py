@@ -58,9 +58,10 @@ def compute(
     journal: where finished matrices are kept; a call that finds those of an interrupted one there
     goes on after them, and gives what that one would have given, bit for bit. executor: computes
     the matrices, each read where it is computed, so that none is sent; the numbers are the same.
-    workers: without an executor, processes of this machine, on a device threads; None is as many as
-    are worth it (`workers.number_for`). A script that asks for more than one process has to keep
-    its own work under `if __name__ == "__main__"`.
+    workers: without an executor, processes of this machine; None is as many as are worth it
+    (`workers.number_for`). A device has threads of its own instead (`workers.streams`). A script
+    that asks for more than one process has to keep its own work under
+    `if __name__ == "__main__"`.
     progress: show a bar of the bytes done, as stored. options: fields of `Job`, `rank` apart.
 
     Raises WdlibError before any work if `rank` exceeds the smallest dimension of a matrix in use

@@ -26,7 +26,7 @@ from scipy import linalg
 
 from wdlib import WdlibError
 from wdlib.checkpoints.formats import BFLOAT16
-from wdlib.spectra.arrays import NUMPY, Array, Backend, Torch, check_device, one_thread
+from wdlib.spectra.arrays import NUMPY, Array, Backend, Torch, one_thread
 
 TOLERANCE = 1e-5
 """Relative error that every reported value is proven to keep."""
@@ -74,8 +74,6 @@ def top_singular_values(
     device that is not there.
     Source: arXiv 2509.00046, section 2 (the paper names no algorithm).
     """
-    if device is not None:
-        check_device(device)
     W, rounding = _real(matrix, name)
     if W.ndim != 2 or not 1 <= r <= min(W.shape):
         raise WdlibError(

@@ -64,10 +64,10 @@ def number_for(parts: Sequence[Part]) -> int:
     """
     each = WORKER_BYTES + 3 * 4 * max(math.prod(part.entry.shape) for part in parts)
     work = sum(cost(part) for part in parts) // WORKER_COST
-    return max(1, min(_cores(), len(parts), work, free_memory() // each))
+    return max(1, min(cores(), len(parts), work, free_memory() // each))
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
