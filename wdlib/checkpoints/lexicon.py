@@ -436,8 +436,14 @@ NORMS_BEFORE = {
 """Norms whose output a block reads, by their names in a layer: the first that is there. Norms after
 a block have other names, but for `post_attention_layernorm`: see `NORMS_AFTER`."""
 
-NORMS_AFTER = "post_feedforward_layernorm post_ffw_norm"
-"""In a layer with one of these, `post_attention_layernorm` stands after the attention."""
+NORMS_AFTER = {
+    "q": "self_attn.q_norm self_attn.q_layernorm attn.q_norm attention.q_norm attn_q_norm",
+    "k": "self_attn.k_norm self_attn.k_layernorm attn.k_norm attention.k_norm attn_k_norm",
+    "o": "post_self_attn_layernorm post_attention_norm",
+    "down": "post_feedforward_layernorm post_ffw_norm post_mlp_layernorm",
+}
+"""Norms that read what a projection gives, by their names in a layer: the projection's length then
+changes nothing. In a layer with one after `down`, `post_attention_layernorm` is one after `o`."""
 
 ZERO_CENTRED = (
     "gemma gemma2 gemma3 gemma3_text recurrent_gemma vaultgemma t5gemma t5gemma2 paligemma "

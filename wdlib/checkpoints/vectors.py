@@ -1,6 +1,8 @@
-"""What stands around the projections of a checkpoint: the weights of norms, and the embedding."""
+"""What stands around the projections of a checkpoint: its norms, and the embedding."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +14,34 @@ from wdlib.checkpoints.files import Checkpoint, resolve
 from wdlib.checkpoints.formats import Tensor
 from wdlib.checkpoints.headers import read_headers
 
-READS = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
+_BLOCKS = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
 """The block that a projection begins; o and down end one and read no norm."""
 
+_AMBIGUOUS = "post_attention_layernorm"
 
-def norms(model: str | Path | Checkpoint, *, stack: str) -> dict[tuple[int, str], np.ndarray]:
-    """What the norm before a block multiplies by, by layer and block ("attention" or "mlp").
 
-    A projection W that reads a norm's output acts as W diag(g); a layer of one norm has it before
-    both blocks. Blocks without a norm before them, and norms with names that `lexicon` lacks, are
-    absent. stack: as `plan` names it.
+@dataclass(frozen=True)
+class Norms:
+    """The norms of a layer.
 
-    Returns: float32 vectors as long as the hidden state.
+    before: what the norm before a block multiplies by, float32 of the hidden state's size, by block
+    ("attention" or "mlp"); a block without such a norm, or with one whose name `lexicon` lacks, is
+    absent. after: the types of projections whose output is normalised.
+    """
+
+    before: Mapping[str, np.ndarray]
+    after: frozenset[str]
+
+    def read_by(self, type: str) -> np.ndarray | None:
+        """What the norm that a projection reads multiplies by: W acts as W diag(g)."""
+        return self.before.get(_BLOCKS.get(type, ""))
+
+
+def norms(model: str | Path | Checkpoint, *, stack: str) -> dict[int, Norms]:
+    """The norms of every layer of a stack, which is named as `plan` does.
+
+    A layer of one norm has it before both blocks.
+
     Raises: WdlibError as `inventory` does.
     """
     checkpoint = resolve(model)
@@ -35,31 +53,22 @@ def norms(model: str | Path | Checkpoint, *, stack: str) -> dict[tuple[int, str]
         where = place(name)
         if where and where.stack == stack and math.prod(tensor.shape) == max(tensor.shape):
             names.setdefault(where.layer, {})[where.inner] = tensor
-    found = {}
-    for layer, inner in names.items():
-        before = {block: _before(block, inner) for block in lexicon.NORMS_BEFORE}
-        before["mlp"] = before["mlp"] or before["attention"]
-        for block, tensor in before.items():
-            if tensor is not None:
-                found[layer, block] = _vector(tensor) + np.float32(bool(centred))
-    return found
+    return {layer: _norms(inner, float(bool(centred))) for layer, inner in names.items()}
 
 
-def _before(block: str, inner: dict[str, Tensor]) -> Tensor | None:
-    """The norm before a block, of the vectors of a layer by their names."""
-    is_after = any(name in inner for name in lexicon.NORMS_AFTER.split())
-    for name in lexicon.NORMS_BEFORE[block].split():
-        if name in inner and not (is_after and name == "post_attention_layernorm"):
-            return inner[name]
-    return None
-
-
-def _vector(tensor: Tensor) -> np.ndarray:
-    return _rows(tensor, 1).ravel().astype(np.float32)
-
-
-def _rows(tensor: Tensor, count: int) -> np.ndarray:
-    return quantised.decode(tensor, quantised.read_rows(tensor, 0, count))
+def _norms(vectors: Mapping[str, Tensor], centre: float) -> Norms:
+    """The norms among the vectors of a layer, which are given by their names."""
+    after = {t for t, known in lexicon.NORMS_AFTER.items() if vectors.keys() & set(known.split())}
+    own = dict(vectors)
+    if "down" in after and own.pop(_AMBIGUOUS, None):
+        after.add("o")
+    before = {}
+    for block, known in lexicon.NORMS_BEFORE.items():
+        there = [own[name] for name in known.split() if name in own]
+        before |= {block: _rows(there[0], 1).ravel() + np.float32(centre)} if there else {}
+    if "attention" in before:
+        before.setdefault("mlp", before["attention"])
+    return Norms(before, frozenset(after))
 
 
 def embedding(model: str | Path | Checkpoint, *, rows: int | None = None) -> np.ndarray:
@@ -72,9 +81,14 @@ def embedding(model: str | Path | Checkpoint, *, rows: int | None = None) -> np.
     for name, tensor in read_headers(checkpoint)[1].items():
         words = name.removesuffix(".weight").split(".")
         if place(name) is None and words[-1] in known and len(tensor.shape) == 2:
-            count = tensor.shape[0] if rows is None else min(rows, tensor.shape[0])
-            return _rows(tensor, count).astype(np.float32, copy=False)
+            return _rows(tensor, tensor.shape[0] if rows is None else min(rows, tensor.shape[0]))
     raise WdlibError(
         f"{checkpoint.name} has no tensor with the name of an embedding: add it to EMBEDDINGS of "
         "wdlib/checkpoints/lexicon.py."
     )
+
+
+def _rows(tensor: Tensor, count: int) -> np.ndarray:
+    """The first rows of a tensor, (count, columns) float32."""
+    rows = quantised.decode(tensor, quantised.read_rows(tensor, 0, count))
+    return rows.astype(np.float32, copy=False)

@@ -1,12 +1,12 @@
 """A model layer by layer, as its blocks act on the hidden state.
 
-Many sets of weights are one function: scales move between a norm and the matrices that read it,
+Many sets of weights are one function: factors move between a norm and the matrices that read it,
 between neurons of up and down, between values and outputs. The first of these freedoms is taken out
-here, the norms' weights being multiplied into the matrices; the others are taken out by whoever
-compares (`invariants`, `independence`).
+here: the norms' weights are multiplied into the matrices. Whoever compares models takes out the
+others (`invariants`, `independence`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,22 +16,24 @@ import numpy as np
 from wdlib.checkpoints import stream, vectors
 from wdlib.checkpoints.files import Checkpoint, resolve
 from wdlib.checkpoints.plan import Part, plan
-from wdlib.checkpoints.vectors import READS
+from wdlib.checkpoints.stream import Projection
 
 
 @dataclass(frozen=True)
 class Layer:
     """The matrices of one layer, or of one routed expert of it.
 
-    matrices[type]: (d_out, d_in) float32, those that read a norm multiplied by its weights.
-    heads, kv_heads: of queries, and of keys and values; 0 where the checkpoint does not say.
+    matrices[type]: (d_out, d_in) float32 or float64, those that read a norm multiplied by its
+    weights. heads, kv_heads: of queries, and of keys and values; 0 where the checkpoint does not
+    say. normed: the types whose output is normalised, so that their length changes nothing.
     """
 
     layer: int
     expert: int | None
     matrices: dict[str, np.ndarray]
-    heads: int
-    kv_heads: int
+    heads: int = 0
+    kv_heads: int = 0
+    normed: frozenset[str] = frozenset()
 
 
 def layers(
@@ -39,10 +41,12 @@ def layers(
     *,
     layers: Iterable[int] | None = None,
     types: Iterable[str] | None = None,
+    on_matrix: Callable[[Projection], None] = lambda projection: None,
 ) -> Iterator[Layer]:
-    """Every layer of a model, and after it its routed experts; one of them in memory at a time.
+    """Every layer of a model, its routed experts after it, one of them in memory at a time.
 
-    Arguments and errors as `checkpoints.projections` has them.
+    on_matrix: is shown each matrix as it is stored, before its norm is multiplied into it.
+    Other arguments and errors as `checkpoints.projections` has them.
     """
     checkpoint = resolve(model)
     whole = plan(checkpoint)
@@ -50,12 +54,13 @@ def layers(
     parts = sorted(whole.chosen(layers=layers, types=types), key=_place)
     matrices = stream.read_all(parts)
     for (layer, _), group in groupby(parts, key=_place):
-        found = {}
+        around, found = norms.get(layer, vectors.Norms({}, frozenset())), {}
         for part in group:
-            scale = norms.get((layer, READS.get(part.entry.type, "")))
-            found[part.entry.type] = _scaled(next(matrices).matrix, scale)
+            projection = next(matrices)
+            on_matrix(projection)
+            found[part.entry.type] = _scaled(projection.matrix, around.read_by(part.entry.type))
         heads, kv_heads = whole.geometry.heads_of(layer)
-        yield Layer(layer, part.entry.expert, found, heads or 0, kv_heads or 0)
+        yield Layer(layer, projection.expert, found, heads or 0, kv_heads or 0, around.after)
 
 
 def _place(part: Part) -> tuple[int, int]:
@@ -64,7 +69,7 @@ def _place(part: Part) -> tuple[int, int]:
 
 
 def _scaled(matrix: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
-    """W diag(g), where W reads a norm of that width; the width differs in a layer of a bottleneck."""
-    if scale is None or len(scale) != matrix.shape[1]:
-        return matrix
-    return matrix * scale
+    """W diag(g), in place of W, which is nobody else's; W itself where no norm of its width is."""
+    if scale is not None and len(scale) == matrix.shape[1]:
+        matrix *= scale
+    return matrix
