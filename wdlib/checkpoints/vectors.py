@@ -60,9 +60,10 @@ def _norms(vectors: Mapping[str, Tensor], centre: float) -> Norms:
     """The norms among the vectors of a layer, which are given by their names."""
     after = {t for t, known in lexicon.NORMS_AFTER.items() if vectors.keys() & set(known.split())}
     own = dict(vectors)
-    if "down" in after and own.pop(_AMBIGUOUS, None):
+    if "down" in after and _AMBIGUOUS in own:
         after.add("o")
-    before = {}
+        del own[_AMBIGUOUS]
+    before: dict[str, np.ndarray] = {}
     for block, known in lexicon.NORMS_BEFORE.items():
         there = [own[name] for name in known.split() if name in own]
         before |= {block: _rows(there[0], 1).ravel() + np.float32(centre)} if there else {}

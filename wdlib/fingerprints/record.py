@@ -12,8 +12,9 @@ from wdlib import WdlibError, __version__, paths
 from wdlib.checkpoints import catalogue, files
 from wdlib.checkpoints.plan import projection_parts
 from wdlib.checkpoints.stream import Projection
-from wdlib.fingerprints import gauge, invariants
+from wdlib.fingerprints import gauge
 from wdlib.fingerprints.clusters import STARTS, Clusters, K, cluster, clustering_vector
+from wdlib.fingerprints.invariants import Collector, Spectra
 from wdlib.fingerprints.values import Moments, deviation_vector, moments, pooled
 from wdlib.spectra import jobs, store
 
@@ -50,7 +51,7 @@ class Fingerprint:
     singular_values: dict[str, np.ndarray]
     clusters: Clusters
     provenance: dict[str, str]
-    invariants: dict[str, invariants.Spectra] = field(default_factory=dict)
+    invariants: dict[str, Spectra] = field(default_factory=dict)
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -121,9 +122,7 @@ class Fingerprint:
                 singular_values=values,
                 clusters=cluster(values, k=self.k, scaled=self.clusters.scaled, starts=starts),
                 invariants={
-                    kind: invariants.Spectra(
-                        s.layers[s.layers % 2 == start], s.values[s.layers % 2 == start]
-                    )
+                    kind: Spectra(s.layers[s.layers % 2 == start], s.values[s.layers % 2 == start])
                     for kind, s in self.invariants.items()
                 },
             )
@@ -175,7 +174,7 @@ def compute(
     checkpoint = files.resolve(model)
     found = jobs.of(model, rank, progress=progress)
     parts: dict[str, list[Moments]] = {t: [] for t in found.values}
-    unchanged = invariants.Collector()
+    unchanged = Collector()
 
     def on_matrix(projection: Projection) -> None:
         parts[projection.type].append(moments(projection.matrix))
@@ -228,7 +227,7 @@ def of(model: str | Path, *, rank: int = RANK, k: int = K) -> Fingerprint:
     checkpoint = files.resolve(model)
     path = _own(checkpoint.name, files.reading_key(checkpoint))
     kept = load(path) if path.is_file() else None
-    if kept and rank <= kept.rank:
+    if kept and kept.invariants and rank <= kept.rank:
         return kept.clustered(rank=rank, k=k)
     return compute(model, rank=rank, k=k, family=kept.family if kept else None)
 
@@ -290,7 +289,8 @@ def keep(fingerprint: Fingerprint) -> Path:
     kept = load(path) if path.is_file() else fingerprint
     family = fingerprint.family or kept.family
     best = kept if kept.rank > fingerprint.rank else fingerprint
-    return save(replace(best, family=family), path)
+    unchanged = fingerprint.invariants or kept.invariants
+    return save(replace(best, family=family, invariants=unchanged), path)
 
 
 def save(fingerprint: Fingerprint, path: str | Path) -> Path:
@@ -318,13 +318,13 @@ class _Rows:
     layers: list[int]
     values: list[list[float]]
 
-    def spectra(self) -> invariants.Spectra:
+    def spectra(self) -> Spectra:
         """Raises ValueError for what is not made of numbers of layers and spectra."""
         layers, values = np.array(self.layers), np.array(self.values, dtype=np.float64)
         store.check_values({"invariants": values})
         if len(layers) != len(values) or layers.min() < 0 or (np.diff(layers) < 0).any():
             raise ValueError("the layers of the invariants are not theirs")
-        return invariants.Spectra(layers, values)
+        return Spectra(layers, values)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,15 @@ import numpy as np
 from wdlib import WdlibError
 from wdlib.fingerprints.invariants import Spectra
 
-RECOGNISED = -2.0
-"""Nearness (see `nearness`) up to which a layer is recognised."""
+RECOGNISED = -2.25
+"""Nearness (see `relate`) up to which a layer is recognised on its own."""
 
-RELATED = 0.25
-"""Share of recognised layers from which on a model is called related. Measured: see docs/method.md
-and data/results/identification.csv."""
+RUN, RECOGNISED_IN_A_RUN = 2, -1.5
+"""Layers to both sides in a row, and their mean nearness up to which a layer is recognised."""
+
+RELATED = 0.1
+"""Share of recognised layers from which on a model is called related. Of models that were trained
+apart no layer was recognised: see docs/method.md and data/results/identification.csv."""
 
 _RESOLUTION = 1e-4
 """Differences of logarithms below it say nothing: stored values have five significant digits."""
@@ -31,25 +34,38 @@ Invariants = Mapping[str, Spectra]
 class Relation:
     """A model seen from another, layer by layer.
 
-    layers, others: the numbers of their layers, (n,) and (m,). nearness: (n, m), see the function.
-    difference: (n, m), root mean square difference of the logarithms of their values, over all
-    kinds.
+    layers, others: the numbers of their layers, (n,) and (m,). nearness: (n, m), see the function;
+    runs: its means along the diagonals. difference: (n, m), root mean square difference of the
+    logarithms of their values, over all kinds.
     """
 
     layers: np.ndarray
     others: np.ndarray
     nearness: np.ndarray
+    runs: np.ndarray
     difference: np.ndarray
 
     @property
-    def partners(self) -> np.ndarray:
-        """The layer of the other model that is nearest to each layer: (n,)."""
-        return self.others[self.nearness.argmin(axis=1)]
+    def score(self) -> np.ndarray:
+        """How surely each layer is recognised, from 1 on it is: (n,)."""
+        alone = self.nearness.min(axis=1) / RECOGNISED
+        return np.maximum(alone, self.runs.min(axis=1) / RECOGNISED_IN_A_RUN)
 
     @property
     def recognised(self) -> np.ndarray:
         """Which layers are recognised: (n,) of bool."""
-        return self.nearness.min(axis=1) <= RECOGNISED
+        return self.score >= 1
+
+    @property
+    def places(self) -> np.ndarray:
+        """The place among `others` of the layer that each layer is from, if any: (n,)."""
+        alone = self.nearness.min(axis=1) <= RECOGNISED
+        return np.where(alone, self.nearness.argmin(axis=1), self.runs.argmin(axis=1))
+
+    @property
+    def partners(self) -> np.ndarray:
+        """The number of that layer: (n,)."""
+        return self.others[self.places]
 
     @property
     def share(self) -> float:
@@ -59,7 +75,7 @@ class Relation:
     @property
     def change(self) -> float:
         """Median difference of the recognised layers from their partners; nan where none is."""
-        own = self.difference[np.arange(len(self.layers)), self.nearness.argmin(axis=1)]
+        own = self.difference[np.arange(len(self.layers)), self.places]
         return float(np.median(own[self.recognised])) if self.recognised.any() else float("nan")
 
 
@@ -79,16 +95,16 @@ def relate(a: Invariants, b: Invariants) -> Relation:
     kinds = [kind for kind in a if kind in b]
     if not kinds:
         raise WdlibError(
-            f"models with invariants of {_listed(a)} and {_listed(b)} share none: they have no kind "
-            "of projection in common"
+            f"models with invariants of {_listed(a)} and {_listed(b)} share none: compare models "
+            "that have a kind of projection in common, with records of this version"
         )
     layers, others = (_layers([x[kind] for kind in kinds]) for x in (a, b))
     rows = {kind: _Kind(a[kind], b[kind], layers, others) for kind in kinds}
     first = _nearness([kind.differences(centred=True) for kind in rows.values()])
     found = [kind.differences(partners=first.argmin(axis=1)) for kind in rows.values()]
-    with np.errstate(invalid="ignore"):
-        squares = np.nanmean(np.square(found), axis=0)
-    return Relation(layers, others, _nearness(found), np.sqrt(squares))
+    nearness, there = _nearness(found), np.isfinite(found)
+    squares = np.where(there, np.square(found), 0).sum(axis=0) / np.maximum(there.sum(axis=0), 1)
+    return Relation(layers, others, nearness, _runs(nearness), np.sqrt(squares))
 
 
 def _listed(kinds: Mapping) -> str:
@@ -103,9 +119,22 @@ def _nearness(differences: list[np.ndarray]) -> np.ndarray:
     """Mean over kinds of the logarithms of differences, each over its median; inf where none is."""
     logs = [np.log(d / np.nanmedian(d)) for d in differences]
     there = np.isfinite(logs)
-    total = np.where(there, logs, 0).sum(axis=0)
-    number = there.sum(axis=0)
+    total, number = np.where(there, logs, 0).sum(axis=0), there.sum(axis=0)
     return np.divide(total, number, out=np.full(total.shape, np.inf), where=number > 0)
+
+
+def _runs(nearness: np.ndarray) -> np.ndarray:
+    """Mean nearness along the diagonals, over `RUN` layers to both sides; fewer at the ends.
+
+    inf where fewer than half of the layers are there.
+    """
+    n, m = nearness.shape
+    padded = np.pad(nearness, RUN, constant_values=np.nan)
+    steps = range(2 * RUN + 1)
+    near = np.array([padded[k : k + n, k : k + m] for k in steps])
+    there = np.isfinite(near)
+    total, number = np.where(there, near, 0).sum(axis=0), there.sum(axis=0)
+    return np.divide(total, number, out=np.full((n, m), np.inf), where=number > RUN)
 
 
 class _Kind:
@@ -114,59 +143,52 @@ class _Kind:
     def __init__(self, a: Spectra, b: Spectra, layers: np.ndarray, others: np.ndarray) -> None:
         length = min(a.values.shape[1], b.values.shape[1])
         self.x, self.y = (_logarithms(s.values[:, :length]) for s in (a, b))
-        self.rows = np.searchsorted(layers, a.layers), np.searchsorted(others, b.layers)
-        self.shape = len(layers), len(others)
+        self.groups = _Groups(a.layers, layers), _Groups(b.layers, others)
 
     def differences(
         self, *, centred: bool = False, partners: np.ndarray | None = None
     ) -> np.ndarray:
         """Differences of layers, (n, m); nan where a layer lacks the kind.
 
-        centred: of the shapes alone. partners: the layer of b that each of a is compared with for
-        the factor of all layers.
+        centred: of the shapes alone. partners: the place of the layer of b that each of a is
+        compared with for the factor of all layers.
         """
         x, y = self.x, self.y
         if centred:
             x, y = (z - z.mean(axis=1, keepdims=True) for z in (x, y))
         if partners is not None:
             x = x - self._factor(partners)
-        d = np.sqrt(np.maximum(_squares(x, y), _RESOLUTION**2))
-        nearest = _grouped(np.minimum, d, self.rows[1], self.shape[1], axis=1)
-        number = np.bincount(self.rows[0], minlength=self.shape[0])[:, None]
-        total = _grouped(np.add, nearest, self.rows[0], self.shape[0], axis=0)
-        return np.where(np.isfinite(total), total / np.maximum(number, 1), np.nan)
+        d = np.sqrt(np.maximum(np.square(x[:, None] - y).mean(axis=2), _RESOLUTION**2))
+        one, two = self.groups
+        nearest = np.minimum.reduceat(d, two.starts, axis=1)
+        found = np.full((one.number, two.number), np.nan)
+        found[np.ix_(one.places, two.places)] = one.mean(nearest)
+        return found
 
     def _factor(self, partners: np.ndarray) -> float:
         """The logarithm of the factor of all layers: the median over the layers of a."""
         levels = []
-        for values, rows, number in zip((self.x, self.y), self.rows, self.shape, strict=True):
-            count = np.bincount(rows, minlength=number)
-            total = np.bincount(rows, values.mean(axis=1), minlength=number)
-            levels.append(np.where(count, total / np.maximum(count, 1), np.nan))
+        for values, groups in zip((self.x, self.y), self.groups, strict=True):
+            level = np.full(groups.number, np.nan)
+            level[groups.places] = groups.mean(values.mean(axis=1))
+            levels.append(level)
         steps = levels[0] - levels[1][partners]
         return float(np.nanmedian(steps)) if np.isfinite(steps).any() else 0.0
+
+
+class _Groups:
+    """Rows that belong to layers: the places of those among all layers, and where rows start."""
+
+    def __init__(self, of: np.ndarray, layers: np.ndarray) -> None:
+        own, self.starts, self.counts = np.unique(of, return_index=True, return_counts=True)
+        self.places, self.number = np.searchsorted(layers, own), len(layers)
+
+    def mean(self, rows: np.ndarray) -> np.ndarray:
+        """The mean of the rows of each layer."""
+        counts = self.counts.reshape(-1, *[1] * (rows.ndim - 1))
+        return np.add.reduceat(rows, self.starts, axis=0) / counts
 
 
 def _logarithms(values: np.ndarray) -> np.ndarray:
     """Logarithms; values of zero count as a billionth of the largest one."""
     return np.log(np.maximum(values, 1e-9 * values.max(initial=0) or 1.0))
-
-
-def _squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Mean squared differences of rows: (n, m)."""
-    return np.square(x[:, None] - y[None]).mean(axis=2)
-
-
-def _grouped(
-    ufunc: np.ufunc, table: np.ndarray, groups: np.ndarray, number: int, *, axis: int
-) -> np.ndarray:
-    """Rows (axis 0) or columns (axis 1) of one group joined; inf for a group that has none."""
-    shape = list(table.shape)
-    shape[axis] = number
-    empty = np.full(number, True)
-    empty[groups] = False
-    out = np.full(shape, np.inf if ufunc is np.minimum else 0.0)
-    index = (groups, slice(None)) if axis == 0 else (slice(None), groups)
-    ufunc.at(out, index, table)
-    out[(empty, slice(None)) if axis == 0 else (slice(None), empty)] = np.inf
-    return out
