@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status.
 
-    2 for wrong usage, 130 when interrupted, 141 when nobody reads the output to its end.
+    1 where it failed, 2 for wrong usage, 130 when interrupted, 141 when nobody reads the output to
+    its end. `fingerprint` answers a question: 0 related, 1 not, 2 where it failed.
     """
     parser = _parser()
     if "_ARGCOMPLETE" in os.environ:
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(_joined(words))
     try:
-        options.command(options)
+        status = options.command(options)
         sys.stdout.flush()
     except BrokenPipeError:
         # The interpreter flushes once more as it ends.
@@ -38,21 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         from wdlib.notebooks.runs import lacking
 
-        return _failed(lacking(error.name or ""))
+        return _failed(lacking(error.name or ""), options)
     except OSError as error:
-        return _failed(f"{error.filename}: " * bool(error.filename) + first_line(error))
+        return _failed(f"{error.filename}: " * bool(error.filename) + first_line(error), options)
     except WdlibError as error:
-        return _failed(str(error))
+        return _failed(str(error), options)
     except KeyboardInterrupt:
         print("wdlib: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
-def _failed(text: str) -> int:
+def _failed(text: str, options: argparse.Namespace) -> int:
     unfinished = "\r\x1b[K" if sys.stderr.isatty() else ""
     print(f"{unfinished}wdlib: {_printable(text)}", file=sys.stderr)
-    return 1
+    return 2 if options.command is _fingerprint else 1
 
 
 def _joined(words: Sequence[str]) -> list[str]:
@@ -203,12 +204,14 @@ def _stored(options: argparse.Namespace) -> None:
 _STATES = ("out of date", "up to date")
 
 
-def _fingerprint(options: argparse.Namespace) -> None:
+def _fingerprint(options: argparse.Namespace) -> int:
+    """Returns 0 where every model is related to a stored one, 1 otherwise."""
     from dataclasses import replace
 
     from wdlib.fingerprints import record
-    from wdlib.fingerprints.identity import identify, report
+    from wdlib.fingerprints.ancestors import identify, report
 
+    related = []
     size = {"rank": options.rank, "k": options.clusters}
     for model in options.models:
         record.check(model, **size)
@@ -217,6 +220,7 @@ def _fingerprint(options: argparse.Namespace) -> None:
         if options.family is not None:
             found = replace(found, family=options.family)
         seen = identify(found, record.library())
+        related.append(any(n.is_related for n in seen))
         _say("\n" * (number > 0) + report(found, seen))
         path = record.keep(found)
         kept = record.load(path)
@@ -225,6 +229,7 @@ def _fingerprint(options: argparse.Namespace) -> None:
         else:
             about = f"rank {kept.rank}, {kept.k} clusters, {kept.family or 'family not known'}"
             _say(f"not stored: {path} keeps {about}")
+    return 0 if all(related) else 1
 
 
 def _experiments(options: argparse.Namespace) -> None:
@@ -265,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
-        name: str, function: Callable[[argparse.Namespace], None], text: str, *examples: str
+        name: str, function: Callable[[argparse.Namespace], int | None], text: str, *examples: str
     ) -> Callable[..., argparse.Action]:
         """A subcommand; returns the function that adds its arguments."""
         added = commands.add_parser(

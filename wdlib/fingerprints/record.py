@@ -14,7 +14,7 @@ from wdlib.checkpoints.plan import projection_parts
 from wdlib.checkpoints.stream import Projection
 from wdlib.fingerprints import gauge
 from wdlib.fingerprints.clusters import STARTS, Clusters, K, cluster, clustering_vector
-from wdlib.fingerprints.invariants import Collector, Spectra
+from wdlib.fingerprints.invariants import GROUPS, Collector, Spectra
 from wdlib.fingerprints.values import Moments, deviation_vector, moments, pooled
 from wdlib.spectra import jobs, store
 
@@ -346,6 +346,8 @@ class _Stored:
         values = {t: np.array(v, dtype=np.float64) for t, v in self.singular_values.items()}
         centres = np.array(self.centres, dtype=np.float64)
         store.check_values(values)
+        if not self.invariants.keys() <= GROUPS.keys():
+            raise ValueError("the invariants are of kinds that are not known")
         if {t: len(m) for t, m in moments.items()} != {t: len(v) for t, v in values.items()}:
             raise ValueError("moments and singular values are not of the same matrices")
         every = [m for of_type in moments.values() for m in of_type]

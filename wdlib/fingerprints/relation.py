@@ -17,8 +17,8 @@ from wdlib.fingerprints.invariants import Spectra
 RECOGNISED = -2.25
 """Nearness (see `relate`) up to which a layer is recognised on its own."""
 
-RUN, RECOGNISED_IN_A_RUN = 2, -1.5
-"""Layers to both sides in a row, and their mean nearness up to which a layer is recognised."""
+RUN, RECOGNISED_IN_A_RUN = 2, -1.65
+"""Layers to both sides in a row, and their median nearness up to which a layer is recognised."""
 
 RELATED = 0.1
 """Share of recognised layers from which on a model is called related. Of models that were trained
@@ -35,7 +35,7 @@ class Relation:
     """A model seen from another, layer by layer.
 
     layers, others: the numbers of their layers, (n,) and (m,). nearness: (n, m), see the function;
-    runs: its means along the diagonals. difference: (n, m), root mean square difference of the
+    runs: its medians along the diagonals. difference: (n, m), root mean square difference of the
     logarithms of their values, over all kinds.
     """
 
@@ -124,17 +124,16 @@ def _nearness(differences: list[np.ndarray]) -> np.ndarray:
 
 
 def _runs(nearness: np.ndarray) -> np.ndarray:
-    """Mean nearness along the diagonals, over `RUN` layers to both sides; fewer at the ends.
+    """Median nearness along the diagonals, over `RUN` layers to both sides; fewer at the ends.
 
-    inf where fewer than half of the layers are there.
+    inf where fewer than half of the layers are there. A median, so that the layers beyond the end
+    of a run do not count to it.
     """
     n, m = nearness.shape
     padded = np.pad(nearness, RUN, constant_values=np.nan)
-    steps = range(2 * RUN + 1)
-    near = np.array([padded[k : k + n, k : k + m] for k in steps])
-    there = np.isfinite(near)
-    total, number = np.where(there, near, 0).sum(axis=0), there.sum(axis=0)
-    return np.divide(total, number, out=np.full((n, m), np.inf), where=number > RUN)
+    near = np.array([padded[k : k + n, k : k + m] for k in range(2 * RUN + 1)])
+    enough = np.isfinite(near).sum(axis=0) > RUN
+    return np.where(enough, np.nanmedian(np.where(enough, near, 0.0), axis=0), np.inf)
 
 
 class _Kind:
