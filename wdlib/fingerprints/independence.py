@@ -101,9 +101,9 @@ class Independence:
     screen: (places of A, places of B) float64, share of sampled neurons whose nearest ones by two
     matrices are the same neuron. log10_order, log10_agreement: over all layers, times the number of
     tests (Bonferroni: layers of one model are not independent). log10_fisher: Fisher's combination
-    of `log10_spearman` over layers, as arXiv 2502.12292 has it. cka: mean of the unbiased CKA of W_q
-    and W_k over matched layers, NaN where it cannot be had. alignments: name -> mean cosine of the
-    embeddings. untested: what could not be tested, and why.
+    of `log10_spearman` over layers, as arXiv 2502.12292 has it. cka: mean of the unbiased CKA of
+    W_q and W_k over matched layers, NaN where it cannot be had. alignments: name -> mean cosine of
+    the embeddings. untested: what could not be tested, and why.
     """
 
     a: str
@@ -127,7 +127,7 @@ class Independence:
 
     @property
     def is_related(self) -> bool | None:
-        """Whether models trained apart would hardly look so (`LEVEL`); None if nothing was tested."""
+        """Whether models trained apart would hardly look so (`LEVEL`); None if untested."""
         return None if np.isnan(self.log10_p) else self.log10_p <= LEVEL
 
 
@@ -168,7 +168,7 @@ def _fitted(a: Checkpoint, b: Checkpoint) -> tuple[dict[str, Alignment], list[st
         return found, []
     why = (
         f"hidden states in another basis: the embeddings do not align (mean cosine {best:.2f}), so "
-        "the token numbers mean something else"
+        "the numbers of tokens mean something else, or the embedding was made anew"
     )
     if "none" in found:
         return {"none": found["none"]}, [why]
@@ -177,8 +177,8 @@ def _fitted(a: Checkpoint, b: Checkpoint) -> tuple[dict[str, Alignment], list[st
 
 def _shared_matrices(a: Checkpoint, b: Checkpoint) -> tuple[list[str], list[str]]:
     """The matrices of an MLP that both models have, and what is lacking for a test."""
-    own = [{entry.type for entry in inventory(model)} for model in (a, b)]
-    names = [name for name in ("gate", "up", "down") if name in own[0] & own[1]]
+    own: list[set[str]] = [{entry.type for entry in inventory(model)} for model in (a, b)]
+    names: list[str] = [name for name in ("gate", "up", "down") if name in own[0] & own[1]]
     if len(names) > 1:
         return names, []
     return names, [f"neurons: an MLP of two matrices takes up and down, and {a.name} and {b.name} "

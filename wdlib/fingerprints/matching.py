@@ -172,7 +172,7 @@ def log10_tail(agreements: int, m: int, n: int) -> float:
 
 
 def log10_binomial_tail(successes: int, trials: int, chance: float) -> float:
-    """log10 P(X >= successes) for X binomial: finite where the chance itself is too small for it."""
+    """log10 P(X >= successes) for X binomial; finite where the chance underflows."""
     from scipy.special import logsumexp
     from scipy.stats import binom
 
@@ -184,12 +184,14 @@ def log10_spearman(one: np.ndarray, two: np.ndarray) -> float:
     """log10 of the one-sided p-value of Spearman's correlation of two matchings, (m,) each.
 
     By Student's t with m - 2 degrees of freedom, as arXiv 2502.12292 has it (its algorithm
-    SPEARMAN); no less than 1/m!, which equal matchings have.
+    SPEARMAN); no less than 1/m!, which equal matchings have. 0 for m < 3.
     """
     from scipy.special import gammaln
     from scipy.stats import rankdata, t
 
     m = len(one)
+    if m < 3:
+        return 0.0
     r = float(np.corrcoef(rankdata(one), rankdata(two))[0, 1])
     least = -gammaln(m + 1) / np.log(10)
     if r >= 1:
