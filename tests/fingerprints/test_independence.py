@@ -25,7 +25,7 @@ def mlp(seed, n=N, d=D):
     }
 
 
-def tested(a, b, **options):
+def judged(a, b, **options):
     return layer_test(a, b, rng=rng(), **options)
 
 
@@ -41,7 +41,7 @@ def noisy(rows, strength, seed=1):
 
 @pytest.mark.parametrize(("strength", "share"), [(0, 1), (0.3, 1), (0.6, 0.9), (1.0, 0.5)])
 def test_a_noisy_copy_is_found_by_order_and_by_agreement(strength, share):
-    found = tested(mlp(0), noisy(mlp(0), strength))
+    found = judged(mlp(0), noisy(mlp(0), strength))
     assert found.share >= share
     assert found.in_place >= share
     assert max(found.log10_order, found.log10_agreement) < -20
@@ -53,7 +53,7 @@ def test_permuted_rescaled_and_turned_neurons_agree_and_are_not_in_place():
     signs = rng(3).choice([-1, 1], (N, 1)).astype(np.float32)
     a = mlp(0)
     b = {"gate": a["gate"], "up": a["up"] * scales * signs, "down": a["down"] / scales * signs}
-    found = tested(a, {name: rows[order] for name, rows in b.items()})
+    found = judged(a, {name: rows[order] for name, rows in b.items()})
     assert found.share == 1
     assert found.log10_agreement < -100
     assert found.log10_order > -2
@@ -63,16 +63,16 @@ def test_permuted_rescaled_and_turned_neurons_agree_and_are_not_in_place():
 def test_one_matrix_trained_anew_leaves_two_that_agree():
     order = rng(1).permutation(N)
     b = {name: rows[order] for name, rows in (mlp(0) | {"up": mlp(1)["up"]}).items()}
-    found = tested(mlp(0), b)
+    found = judged(mlp(0), b)
     assert found.pair == ("gate", "down")
     assert found.share == 1
     assert found.log10_spearman > -3
-    lost = tested(mlp(0), b | {"down": mlp(1)["down"]})
+    lost = judged(mlp(0), b | {"down": mlp(1)["down"]})
     assert lost.log10_agreement > -3
 
 
 def test_unrelated_layers_are_rejected_as_often_as_the_level_says():
-    found = [tested(mlp(i, n=40), mlp(1000 + i, n=40)) for i in range(300)]
+    found = [judged(mlp(i, n=40), mlp(1000 + i, n=40)) for i in range(300)]
     for kind in ("log10_order", "log10_agreement"):
         count = sum(getattr(one, kind) <= np.log10(0.05) for one in found)
         assert count <= stats.binom.ppf(0.999, len(found), 0.05)
@@ -83,15 +83,20 @@ def test_unrelated_layers_are_rejected_as_often_as_the_level_says():
 def test_a_layer_of_half_the_neurons_is_found_in_the_whole(a_is_small):
     whole = mlp(0)
     half = {name: rows[::2] for name, rows in noisy(whole, 0.2).items()}
-    found = tested(half, whole) if a_is_small else tested(whole, half)
+    found = judged(half, whole) if a_is_small else judged(whole, half)
     assert (found.neurons, found.share) == (N // 2, 1)
-    assert np.isnan(found.log10_order)
-    assert found.log10_agreement < -50
+    assert np.isnan(found.in_place)
+    assert max(found.log10_agreement, found.log10_order) < -50
+    order = rng(1).permutation(N // 2)
+    mixed = {name: rows[order] for name, rows in half.items()}
+    mixed = judged(mixed, whole) if a_is_small else judged(whole, mixed)
+    assert mixed.log10_agreement < -50
+    assert mixed.log10_order > -2
 
 
 def test_only_a_sample_of_many_neurons_is_matched(monkeypatch):
     monkeypatch.setattr(independence, "TESTED", 20)
-    found = tested(mlp(0), noisy(mlp(0), 0.1))
+    found = judged(mlp(0), noisy(mlp(0), 0.1))
     assert (found.neurons, found.share, found.in_place) == (20, 1, 1)
     assert found.log10_agreement == pytest.approx(
         np.log10(3) - np.log10(np.arange(N - 19, N + 1)).sum()
@@ -101,17 +106,17 @@ def test_only_a_sample_of_many_neurons_is_matched(monkeypatch):
 def test_after_a_rotation_half_of_the_neurons_may_agree():
     a, other = mlp(0), mlp(1)
     some = {name: np.concatenate([rows[:40], other[name][40:]]) for name, rows in a.items()}
-    assert tested(a, some).log10_agreement < -20
-    assert tested(a, some, alignment="rotation").log10_agreement > -1
-    assert tested(a, a, alignment="rotation").log10_agreement < -20
+    assert judged(a, some).log10_agreement < -20
+    assert judged(a, some, alignment="rotation").log10_agreement > -1
+    assert judged(a, a, alignment="rotation").log10_agreement < -20
 
 
 def test_without_a_gate_signs_count():
     a = {name: rows for name, rows in mlp(0).items() if name != "gate"}
-    assert tested(a, a).pair == ("up", "down")
-    assert tested(a, a).share == 1
+    assert judged(a, a).pair == ("up", "down")
+    assert judged(a, a).share == 1
     turned = {"up": -a["up"], "down": -a["down"]}
-    assert tested(a, turned).share < 0.2
+    assert judged(a, turned).share < 0.2
 
 
 # Two checkpoints -------------------------------------------------------------------------------

@@ -77,8 +77,9 @@ class LayerTest:
     """One layer of A against the layer of B that it resembles most.
 
     share: agreements of the best pair of matchings, between 0 and 1, of `neurons` matched ones.
-    pair: the two matrices of that pair. log10_order: of neurons in their own place, NaN where the
-    MLPs differ in size; log10_agreement: of the best pair; both times the pairs looked at.
+    pair: the two matrices of that pair. in_place: share of neurons matched to that of their own
+    number, NaN where the MLPs differ in size. log10_order: of so many in place, or of a rank
+    correlation where sizes differ; log10_agreement: of `share`; both times the number of tries.
     log10_spearman: the statistic of arXiv 2502.12292 for gate and up.
     """
 
@@ -293,8 +294,10 @@ def layer_test(
         name: matching.matching(few[name][index], many[name], signed=is_signed(name, names))
         for name in names
     }
-    in_place = max(int((found[name] == index).sum()) for name in names)
-    order = matching.log10_tail(in_place, m, n) if sizes[0] == sizes[1] else np.nan
+    in_place, orders = np.nan, [matching.log10_spearman(index, found[name]) for name in names]
+    if sizes[0] == sizes[1]:
+        counts = [int((found[name] == index).sum()) for name in names]
+        in_place, orders = max(counts) / m, [matching.log10_tail(k, m, n) for k in counts]
     agree = {(x, y): int((found[x] == found[y]).sum()) for x, y in combinations(names, 2)}
     pair = max(agree, key=lambda names: agree[names])
     if alignment == "rotation":
@@ -302,8 +305,8 @@ def layer_test(
     else:
         agreement = matching.log10_tail(agree[pair], m, n)
     return LayerTest(
-        *places, alignment, m, agree[pair] / m, pair, in_place / m,
-        matching.log10_bonferroni([order], len(names)),
+        *places, alignment, m, agree[pair] / m, pair, in_place,
+        matching.log10_bonferroni(orders, len(names)),
         matching.log10_bonferroni([agreement], len(agree)),
         matching.log10_spearman(found[names[0]], found[names[1]]),
     )  # fmt: skip
@@ -353,16 +356,13 @@ def _summary(
     cka: float,
     untested: tuple[str, ...],
 ) -> Independence:
-    orders = [t.log10_order for t in tests if not np.isnan(t.log10_order)]
-    order = matching.log10_bonferroni(orders, len(orders)) if orders else np.nan
-    agreement = fisher = np.nan
+    order = agreement = fisher = np.nan
     if tests:
+        order = matching.log10_bonferroni([t.log10_order for t in tests], len(tests))
         agreement = matching.log10_bonferroni(
             [t.log10_agreement for t in tests], screen.shares.size
         )
         fisher = matching.log10_fisher(np.array([t.log10_spearman for t in tests]))
-    if tests and not orders:
-        untested = (*untested, "order of neurons: no layers of the same number of them")
     table = screen.shares.max(axis=0) if tests else np.zeros((0, 0))
     return Independence(
         *names, screen.places_a, screen.places_b, table, tests, order, agreement, fisher, cka,
