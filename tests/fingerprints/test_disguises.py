@@ -42,6 +42,8 @@ def built(kind: str, *, tied: bool, seed: int = 0) -> torch.nn.Module:
             is_offset = kind.startswith("gemma")
             around = 1.0 - is_offset
             parameter.copy_(around + 0.3 * drawn if norm else 0.3 * drawn)
+            if norm and "input" in name:
+                parameter[3] = -float(is_offset)  # Gemma 3 has such, which multiply by zero
     return made
 
 

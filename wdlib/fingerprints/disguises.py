@@ -162,10 +162,10 @@ def fold_norms(decoder: Decoder) -> Decoder:
         output = _columns(decoder.embedding if output is None else output, decoder.norm)
 
     def change(b: Block, rng: Rng) -> Block:
-        return _moved(b, {part: 1 / b.norms[part] for part in READS})
+        W, ones = b.matrices, {part: np.ones_like(b.norms[part]) for part in READS}
+        found = {t: _columns(W[t], b.norms[part]) for part in READS for t in READS[part]}
+        return replace(b.changed(**found), norms=b.norms | ones)
 
-    if any(not b.norms[part].all() for b in decoder.blocks for part in READS):
-        raise WdlibError("a norm has a weight of zero and cannot be folded: take another model")
     folded = decoder.each(change, 0)
     return replace(folded, output=output, norm=np.ones_like(decoder.norm))
 
@@ -178,19 +178,12 @@ def move_norms(decoder: Decoder, *, spread: float = 0.5, seed: int = 0) -> Decod
     """
 
     def change(b: Block, rng: Rng) -> Block:
-        draw = {part: rng.standard_normal(decoder.width) for part in READS}
-        return _moved(b, {part: np.exp(spread * x) for part, x in draw.items()})
+        c = {part: np.exp(spread * rng.standard_normal(decoder.width)) for part in READS}
+        W, norms = b.matrices, {part: b.norms[part] * c[part] for part in READS}
+        found = {t: _columns(W[t], 1 / c[part]) for part in READS for t in READS[part]}
+        return replace(b.changed(**found), norms=b.norms | norms)
 
     return decoder.each(change, seed)
-
-
-def _moved(block: Block, factors: dict[str, np.ndarray]) -> Block:
-    """The weights of norms times a factor, the columns of the matrices after them divided by it."""
-    found = {
-        t: _columns(block.matrices[t], 1 / c) for part, c in factors.items() for t in READS[part]
-    }
-    norms = {part: block.norms[part] * c for part, c in factors.items()}
-    return replace(block.changed(**found), norms=block.norms | norms)
 
 
 # Between the two matrices of a product ----------------------------------------------------------
