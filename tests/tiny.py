@@ -64,6 +64,7 @@ DISTILBERT_NAMES = {
     "up": "ffn.lin1",
     "down": "ffn.lin2",
 }
+MPNET_NAMES = BERT_NAMES | {kind: f"attention.attn.{kind}" for kind in "qkvo"}
 GGUF_NAMES = {
     "q": "attn_q",
     "k": "attn_k",
@@ -370,6 +371,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict, str, dict[str, str]]] = {
         "roberta.encoder.layer",
         BERT_NAMES,
     ),
+    "mpnet": ("MPNetModel", "MPNetConfig", _COMMON, "encoder.layer", MPNET_NAMES),
     "distilbert": (
         "DistilBertForMaskedLM",
         "DistilBertConfig",

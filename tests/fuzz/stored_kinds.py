@@ -324,6 +324,7 @@ def make_catalogue(folder: Path) -> Path:
     (folder / "models.toml").write_text(
         '["a"]\nhub_id = "lab/a"\nfamily = "A"\nlicense = "MIT"\ngated = false\n'
         '[["a".wheels]]\nfile = "a.gguf"\nsha256 = "00"\nquantisation = "Q4_1"\n'
+        'archive_member = "a.gguf"\n'
         'packages = [{name = "a", version = "1", sha256 = "11", member = "a/a.gguf"}]\n'
         '["b"]\nhub_id = "lab/b"\nfamily = "B"\nlicense = "MIT"\ngated = true\n'
     )
@@ -372,12 +373,9 @@ def library_catalogue(path: Path) -> Any:
         check(given, row, more=True)
         sources = []
         for wheel in given.get("wheels", []):
-            whole = {"file": "", "sha256": "", "quantisation": "", "note": "", **wheel}
-            check(
-                whole,
-                dict.fromkeys(("file", "sha256", "quantisation", "note"), str)
-                | {"packages": [package]},
-            )
+            texts = ("file", "sha256", "archive_member", "quantisation", "note")
+            whole = {**dict.fromkeys(texts, ""), **wheel}
+            check(whole, dict.fromkeys(texts, str) | {"packages": [package]})
             parts = tuple(catalogue.Package(**p) for p in whole.pop("packages"))
             sources.append(catalogue.Source("wheel", parts, **whole))
         if set(given) - {*row, "wheels"}:

