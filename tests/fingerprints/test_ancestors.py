@@ -100,7 +100,7 @@ def test_the_command_names_a_copy_and_stores_it(saved, capsys):
     out = capsys.readouterr().out
     assert "made from original, or both from one model: 6 of 6 layers are recognised" in out
     assert "layers: 0-5 from 0-5" in out
-    assert "as after storing in fewer bits" in out
+    assert "as after fewer bits" in out
     assert cli.main(["fingerprint", stranger, "--rank", "8"]) == 1
     out = capsys.readouterr().out
     assert "related to no stored model" in out

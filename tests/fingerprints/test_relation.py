@@ -7,7 +7,7 @@ from numpy.testing import assert_allclose
 from wdlib import WdlibError, paths
 from wdlib.fingerprints import record
 from wdlib.fingerprints.invariants import Spectra
-from wdlib.fingerprints.relation import RELATED, relate
+from wdlib.fingerprints.relation import relate
 
 KINDS = {"qk": 3, "ov": 3, "gate": 1, "up": 1, "down": 1, "neurons": 1}
 SHIPPED = sorted(path.stem for path in (paths.RESULTS / "fingerprints").glob("*.json"))
@@ -71,9 +71,20 @@ def test_one_factor_of_all_layers_is_taken_out_of_each_kind():
 
 
 def test_strangers_are_not_recognised():
-    shares = [relate(model(i), model(i + 1)).share for i in range(0, 60, 2)]
-    assert max(shares) < RELATED
-    assert np.mean(shares) < 0.01
+    found = [relate(model(i), model(i + 1)) for i in range(0, 60, 2)]
+    assert not any(r.is_related for r in found)
+    assert np.mean([r.share for r in found]) < 0.01
+
+
+@pytest.mark.parametrize(("layers", "needed"), [(12, 2), (24, 3), (31, 4)])
+def test_a_tenth_of_the_layers_and_two_at_least_make_a_relative(layers, needed):
+    for copied in (needed - 1, needed):
+        made = model(1, layers=layers)
+        for kind, spectra in model(0, layers=layers).items():
+            own = spectra.layers < copied
+            made[kind].values[own] = spectra.values[own]
+        found = relate(made, model(0, layers=layers))
+        assert found.is_related == (copied == needed)
 
 
 def test_a_run_recognises_what_a_single_layer_does_not():

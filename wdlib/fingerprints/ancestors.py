@@ -8,7 +8,7 @@ import numpy as np
 
 from wdlib.fingerprints.identity import deviation_distance, matched_distance, spectral_difference
 from wdlib.fingerprints.record import Fingerprint
-from wdlib.fingerprints.relation import RELATED, Relation, relate
+from wdlib.fingerprints.relation import RESOLUTION, Relation, relate
 
 SAME, LIGHTLY_CHANGED = 2e-4, 0.02
 """Change (see `Relation.change`) up to which weights are the same, and up to which they are changed
@@ -38,16 +38,16 @@ class Neighbour:
 
     @property
     def is_related(self) -> bool:
-        return self.relation is not None and self.relation.share >= RELATED
+        return self.relation is not None and self.relation.is_related
 
 
 def identify(fingerprint: Fingerprint, known: Iterable[Fingerprint]) -> list[Neighbour]:
     """The known models, those first of which most layers are recognised in the model.
 
-    From `relation.RELATED` of the layers on, the model is made from the known one, or both from a
-    third. Beyond it the order, then that of the spectral difference, says little, and nothing is
-    claimed. The record of the very same name and weights is left out; so are models that share too
-    few types.
+    From a tenth of the layers on (`Relation.is_related`), the model is made from the known one, or
+    both from a third. Below it the order, then that of the spectral difference, says little, and
+    nothing is claimed. The record of the very same name and weights is left out; so are models that
+    share too few types.
     """
     found = []
     for other in known:
@@ -73,7 +73,7 @@ def neighbour(fingerprint: Fingerprint, other: Fingerprint) -> Neighbour:
         spectral_difference(one.singular_values, two.singular_values),
         deviation_distance(one.deviations, two.deviations),
         matched_distance(one, two),
-        rewritten(one, two, relation) if relation and relation.share >= RELATED else (),
+        rewritten(one, two, relation) if relation and relation.is_related else (),
     )
 
 
@@ -160,16 +160,16 @@ def _told(n: Neighbour) -> list[str]:
     relation = n.relation
     assert relation is not None
     number, every = int(relation.recognised.sum()), len(relation.layers)
+    change = f"{max(relation.change, RESOLUTION):.2%}"
     kind = "a copy of" if relation.change <= SAME else "made from"
     lines = [f"{kind} {n.model}, or both from one model: {number} of {every} layers are recognised"]
     lines.append(f"  layers: {_mapping(relation)}")
-    size = f"  change: {relation.change:.2%}, "
     if relation.change <= SAME:
-        lines.append(size + "the same weights")
+        lines.append(f"  change: {change} at most, the same weights")
     elif relation.change <= LIGHTLY_CHANGED:
-        lines.append(size + "as after storing in fewer bits, an adapter, or light training")
+        lines.append(f"  change: {change}, as after fewer bits, an adapter, or light training")
     else:
-        lines.append(size + "as after long training, noise, or pruning of half of the weights")
+        lines.append(f"  change: {change}, as after long training, noise, or pruning of half")
     if n.rewritten:
         lines.append(f"  rewritten without changing the function: {', '.join(n.rewritten)}")
     return lines

@@ -6,6 +6,7 @@ trained apart are nearest to some layer too, of about the same depth; `RECOGNISE
 not reach. So no model's own scale, and no list of known models, is in the measure.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,10 +22,9 @@ RUN, RECOGNISED_IN_A_RUN = 2, -1.65
 """Layers to both sides in a row, and their median nearness up to which a layer is recognised."""
 
 RELATED = 0.1
-"""Share of recognised layers from which on a model is called related. Of models that were trained
-apart no layer was recognised: see docs/method.md and data/results/identification.csv."""
+"""Share of recognised layers from which on a model is called related."""
 
-_RESOLUTION = 1e-4
+RESOLUTION = 1e-4
 """Differences of logarithms below it say nothing: stored values have five significant digits."""
 
 Invariants = Mapping[str, Spectra]
@@ -71,6 +71,17 @@ class Relation:
     def share(self) -> float:
         """The share of the layers that are recognised."""
         return float(self.recognised.mean())
+
+    @property
+    def strength(self) -> float:
+        """The score that a share of `RELATED` of the layers reaches, and two of them at least."""
+        number = max(2, math.ceil(RELATED * len(self.layers)))
+        return float(np.sort(self.score)[-min(number, len(self.layers))])
+
+    @property
+    def is_related(self) -> bool:
+        """Whether one model is made from the other, or both from a third: a strength of 1."""
+        return self.strength >= 1
 
     @property
     def change(self) -> float:
@@ -157,7 +168,7 @@ class _Kind:
             x, y = (z - z.mean(axis=1, keepdims=True) for z in (x, y))
         if partners is not None:
             x = x - self._factor(partners)
-        d = np.sqrt(np.maximum(np.square(x[:, None] - y).mean(axis=2), _RESOLUTION**2))
+        d = np.sqrt(np.maximum(np.square(x[:, None] - y).mean(axis=2), RESOLUTION**2))
         one, two = self.groups
         nearest = np.minimum.reduceat(d, two.starts, axis=1)
         found = np.full((one.number, two.number), np.nan)

@@ -1,6 +1,7 @@
 """Fingerprints of models, and what training moves in them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,8 +9,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
-from wdlib import TYPES
-from wdlib.plots.style import ACCENT, BLUE, GREY, INK, TYPE_LOOKS, look
+from wdlib import TYPES, WdlibError, paths
+from wdlib.fingerprints.ancestors import Neighbour
+from wdlib.fingerprints.independence import Independence
+from wdlib.fingerprints.relation import Relation
+from wdlib.plots.style import ACCENT, BLUE, GREY, INK, TYPE_LOOKS, headline, look
 
 
 def densities_of_models(data: pd.DataFrame, looks: dict[str, dict], ax: Axes) -> Axes:
