@@ -77,6 +77,17 @@ def test_movement_is_drawn_against_the_border_and_against_the_update():
     assert right.xaxis.get_major_formatter()(0.005, 0) == "0.5 %"
 
 
+def test_a_matrix_of_models_names_rows_and_columns_where_it_is_asked_to():
+    names, table = ["a", "b", "c"], 1.0 - np.eye(3)
+    for rows, columns in ((True, True), (True, False), (False, True)):
+        _, ax = plt.subplots()
+        assert fingerprints.matrix_of_models(table, names, ax, rows=rows, columns=columns) is ax
+        sides = (rows, ax.get_yticklabels()), (columns, ax.get_xticklabels())
+        for named, labels in sides:
+            assert [t.get_text() for t in labels if t.get_text()] == names * named
+        assert len(ax.texts) == 6
+
+
 def test_a_matrix_of_runs_is_divided_by_data():
     table = np.arange(16.0).reshape(4, 4)
     _, ax = plt.subplots()

@@ -45,8 +45,10 @@ def parallel_coordinates(data: pd.DataFrame, looks: dict[str, dict], ax: Axes) -
     return ax
 
 
-def matrix_of_models(table: np.ndarray, names: list[str], ax: Axes, *, rows: bool = True) -> Axes:
-    """Distances between models with their numbers; only with `rows` are the rows named."""
+def matrix_of_models(
+    table: np.ndarray, names: list[str], ax: Axes, *, rows: bool = True, columns: bool = True
+) -> Axes:
+    """Distances between models with their numbers; rows, columns: whether they are named."""
     shown = np.where(np.eye(len(names), dtype=bool), np.nan, table)
     image = ax.imshow(shown, cmap="Blues", vmin=0, vmax=np.nanmax(shown))
     bar = ax.figure.colorbar(image, ax=ax, shrink=0.55, pad=0.03)
@@ -56,9 +58,9 @@ def matrix_of_models(table: np.ndarray, names: list[str], ax: Axes, *, rows: boo
             red, green, blue, _ = image.cmap(image.norm(value))
             light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
             color = INK if light else "white"
-            ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, size=7.5)
-    ax.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=7)
-    ax.set_yticks(range(len(names)), names if rows else [], fontsize=7)
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, size=8)
+    ax.set_xticks(range(len(names)), names if columns else [], rotation=35, ha="right", fontsize=8)
+    ax.set_yticks(range(len(names)), names if rows else [], fontsize=8)
     ax.tick_params(length=0)
     ax.grid(False)
     return ax
