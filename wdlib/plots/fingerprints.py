@@ -254,6 +254,26 @@ def against_update(data: pd.DataFrame, value: str, ax: Axes) -> Axes:
     return ax
 
 
+def layer_against_layer(
+    table: np.ndarray, ax: Axes, *, names: tuple[str, str], label: str = "share of matched neurons"
+) -> Axes:
+    """Two models layer against layer, first down and second across: shares, 0 to 1.
+
+    A copy shows its diagonal, a stack its blocks. table: (layers of the first, of the second);
+    names: of the two models. A dot marks the largest value of each row that reaches a quarter.
+    """
+    image = ax.imshow(table, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, shrink=0.75).set_label(label)
+    best = table.argmax(axis=1)
+    rows = np.flatnonzero(table.max(axis=1) >= 0.25)
+    ax.plot(best[rows], rows, "o", color=ACCENT, ms=2.5, mew=0, ls="")
+    ax.set(xlabel=f"layer of {names[1]}", ylabel=f"layer of {names[0]}")
+    ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    ax.yaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    ax.grid(False)
+    return ax
+
+
 def nearness(relation: Relation, ax: Axes, *, names: tuple[str, str]) -> Axes:
     """Layers of one model, down, against those of another, across: how near, in `relate`'s unit.
 
