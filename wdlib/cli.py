@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from wdlib import TYPES, WdlibError, __version__, first_line, paths
 
 if TYPE_CHECKING:
+    from wdlib.fingerprints.record import Fingerprint
     from wdlib.spectra.store import Spectra
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status.
 
-    2 for wrong usage, 130 when interrupted, 141 when nobody reads the output to its end.
+    1 where it failed, 2 for wrong usage, 130 when interrupted, 141 when nobody reads the output to
+    its end. `fingerprint` answers a question: 0 related, 1 not, 2 where it failed.
     """
     parser = _parser()
     if "_ARGCOMPLETE" in os.environ:
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(_joined(words))
     try:
-        options.command(options)
+        status = options.command(options)
         sys.stdout.flush()
     except BrokenPipeError:
         # The interpreter flushes once more as it ends.
@@ -38,21 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         from wdlib.notebooks.runs import lacking
 
-        return _failed(lacking(error.name or ""))
+        return _failed(lacking(error.name or ""), options)
     except OSError as error:
-        return _failed(f"{error.filename}: " * bool(error.filename) + first_line(error))
+        return _failed(f"{error.filename}: " * bool(error.filename) + first_line(error), options)
     except WdlibError as error:
-        return _failed(str(error))
+        return _failed(str(error), options)
     except KeyboardInterrupt:
         print("wdlib: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
-def _failed(text: str) -> int:
+def _failed(text: str, options: argparse.Namespace) -> int:
     unfinished = "\r\x1b[K" if sys.stderr.isatty() else ""
     print(f"{unfinished}wdlib: {_printable(text)}", file=sys.stderr)
-    return 1
+    return 2 if options.command is _fingerprint else 1
 
 
 def _joined(words: Sequence[str]) -> list[str]:
@@ -203,28 +205,65 @@ def _stored(options: argparse.Namespace) -> None:
 _STATES = ("out of date", "up to date")
 
 
-def _fingerprint(options: argparse.Namespace) -> None:
+def _fingerprint(options: argparse.Namespace) -> int:
+    """Returns 0 where every model is related to a stored one, or the two to each other; else 1."""
     from dataclasses import replace
 
     from wdlib.fingerprints import record
-    from wdlib.fingerprints.identity import identify, report
+    from wdlib.fingerprints.ancestors import identify, report
 
+    if options.out and len(options.models) > 2:
+        raise WdlibError("--out draws one model or one pair: give one or two models")
     size = {"rank": options.rank, "k": options.clusters}
     for model in options.models:
         record.check(model, **size)
-    for number, model in enumerate(options.models):
-        found = record.of(model, **size)
+    related, found = [], []
+    for model in options.models:
+        known = record.of(model, **size)
         if options.family is not None:
-            found = replace(found, family=options.family)
-        seen = identify(found, record.library())
-        _say("\n" * (number > 0) + report(found, seen))
-        path = record.keep(found)
-        kept = record.load(path)
-        if kept.to_json() == found.to_json():
-            _say(f"stored in {path}")
-        else:
-            about = f"rank {kept.rank}, {kept.k} clusters, {kept.family or 'family not known'}"
-            _say(f"not stored: {path} keeps {about}")
+            known = replace(known, family=options.family)
+        found.append(known)
+        if len(options.models) != 2:
+            seen = identify(known, record.library())
+            related.append(any(n.is_related for n in seen))
+            _say("\n" * (len(found) > 1) + report(known, seen))
+            if options.out and seen:
+                _draw(options.out, known.model, seen[0])
+        _keep(known)
+    if len(found) == 2:
+        related = [_decide(options, found)]
+    return 0 if all(related) else 1
+
+
+def _keep(fingerprint: "Fingerprint") -> None:
+    from wdlib.fingerprints import record
+
+    path = record.keep(fingerprint)
+    kept = record.load(path)
+    if kept.to_json() == fingerprint.to_json():
+        _say(f"{fingerprint.model}: stored in {path}")
+    else:
+        about = f"rank {kept.rank}, {kept.k} clusters, {kept.family or 'family not known'}"
+        _say(f"{fingerprint.model}: not stored, {path} keeps {about}")
+
+
+def _decide(options: argparse.Namespace, found: "Sequence[Fingerprint]") -> bool:
+    """Say whether the first of two checkpoints is made from the second, or both from a third."""
+    from wdlib.fingerprints import ancestors, independence
+
+    seen = ancestors.neighbour(*found)
+    tested = independence.compare(*options.models)
+    for kind, lines in (("records", ancestors.verdict([seen])), ("weights", tested.told())):
+        _say("\n  ".join([f"by their {kind}:", *lines]))
+    if options.out:
+        _draw(options.out, found[0].model, seen, tested)
+    return bool(seen.is_related or tested.is_related)
+
+
+def _draw(path: Path, *pair: Any) -> None:
+    from wdlib.plots.fingerprints import picture_of_pair
+
+    _say(f"wrote {picture_of_pair(path, *pair)}")
 
 
 def _experiments(options: argparse.Namespace) -> None:
@@ -265,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
-        name: str, function: Callable[[argparse.Namespace], None], text: str, *examples: str
+        name: str, function: Callable[[argparse.Namespace], int | None], text: str, *examples: str
     ) -> Callable[..., argparse.Action]:
         """A subcommand; returns the function that adds its arguments."""
         added = commands.add_parser(
@@ -345,15 +384,18 @@ def _parser() -> argparse.ArgumentParser:
     add = command("stored", _stored, text, "", " gemma-3-270m=path/to/gemma")
     add("sources", metavar="MODEL=SOURCE", nargs="*", type=_source, help=weights)
 
-    text = "both vectors of a model, and what model it may be"
-    examples = (" path/to/checkpoint", " one.gguf other.gguf --rank 64 --family Llama")
+    text = "what model a checkpoint is made from, and its two vectors"
+    examples = (" path/to/checkpoint", " suspect.gguf path/to/original --out pair.png")
     add = command("fingerprint", _fingerprint, text, *examples)
-    _complete(add("models", metavar="MODEL", nargs="+", help=what), _model_names)
+    which = f"{what}; two: is the first made from the second?"
+    _complete(add("models", metavar="MODEL", nargs="+", help=which), _model_names)
     add("--rank", **rank)
     number = "of the clustering vector, default: 7"
     add("--clusters", type=_positive, default=7, metavar="K", help=number)
     family = "to store, default: that of the catalogue or none"
     add("--family", metavar="NAME", help=family)
+    picture = "the layers of both against each other: .png, .svg or .pdf"
+    add("--out", type=Path, metavar="FILE", help=picture)
 
     text = "run what is left of a grid of LoRA runs"
     examples = (" --dry-run", " mine.yaml --only tier1 --data-folder benchmarks")

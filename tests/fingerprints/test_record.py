@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose
 from wdlib import TYPES, WdlibError, paths
 from wdlib.checkpoints import catalogue
 from wdlib.fingerprints import record
-from wdlib.fingerprints.identity import report
+from wdlib.fingerprints.ancestors import report
 from wdlib.spectra import jobs, store
 
 SHIPPED = sorted(path.stem for path in (paths.RESULTS / "fingerprints").glob("*.json"))

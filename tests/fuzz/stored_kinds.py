@@ -20,8 +20,9 @@ from safetensors.numpy import load, save
 
 from wdlib import TYPES, characterise, notebooks, paths, provenance
 from wdlib.checkpoints import catalogue, wheels
-from wdlib.fingerprints import identity, record
+from wdlib.fingerprints import ancestors, record
 from wdlib.fingerprints.clusters import Clusters
+from wdlib.fingerprints.invariants import Spectra
 from wdlib.fingerprints.record import Fingerprint
 from wdlib.fingerprints.values import Moments
 from wdlib.provenance import Provenance
@@ -159,7 +160,7 @@ def make_fingerprint(folder: Path) -> Path:
     values = {t: -np.sort(-rng.uniform(1, 2, (3, 4))) for t in ("q", "down")}
     moments = {t: tuple(Moments(64, 0.1 * n, 2.0 + n) for n in range(3)) for t in values}
     centres = Clusters(-np.sort(-rng.uniform(0.4, 0.6, (2, 4))))
-    made = Fingerprint("toy", "", moments, values, centres, {"sha256": "0" * 64})
+    made = Fingerprint("toy", "", moments, values, centres, {"sha256": "0" * 64}, _invariants(rng))
     return record.save(made, folder / "toy.json")
 
 
@@ -167,8 +168,8 @@ def read_fingerprint(path: Path) -> Any:
     """What is read, and can be used."""
     found = record.load(path)
     reference = make_reference()
-    identity.report(found, identity.identify(found, [reference]))
-    identity.report(reference, identity.identify(reference, [found]))
+    ancestors.report(found, ancestors.identify(found, [reference]))
+    ancestors.report(reference, ancestors.identify(reference, [found]))
     found.to_json()
     return _told(found)
 
@@ -178,7 +179,16 @@ def make_reference() -> Fingerprint:
     values = {t: np.linspace(3, 1, 12).reshape(3, 4) + 9 for t in ("q", "down")}
     moments = {t: (Moments(64, 0.0, 1.0),) * 3 for t in values}
     centres = Clusters(np.linspace(0.6, 0.4, 8).reshape(2, 4))
-    return Fingerprint("other", "", moments, values, centres, {"sha256": "1" * 64})
+    rng = np.random.default_rng(1)
+    about = {"sha256": "1" * 64}
+    return Fingerprint("other", "", moments, values, centres, about, _invariants(rng))
+
+
+def _invariants(rng: np.random.Generator) -> dict[str, Spectra]:
+    return {
+        "gate": Spectra(np.arange(3), -np.sort(-rng.uniform(1, 2, (3, 4)))),
+        "qk": Spectra(np.repeat([0, 2], 2), -np.sort(-rng.uniform(1, 2, (4, 5)))),
+    }
 
 
 def _told(found: Fingerprint) -> Any:
@@ -189,6 +199,7 @@ def _told(found: Fingerprint) -> Any:
     return (
         found.model, found.family, found.provenance, moments, found.singular_values,
         found.clusters.centres, found.clusters.scaled,
+        {kind: (s.layers.tolist(), s.values) for kind, s in found.invariants.items()},
     )  # fmt: skip
 
 
@@ -219,13 +230,29 @@ def library_fingerprint(path: Path) -> Any:
                 raise ValueError("moments")
     if not np.isfinite(centres).all() or not centres.size:
         raise ValueError("centres")
+    invariants = {
+        kind: _library_invariants(kind, rows)
+        for kind, rows in check(content.get("invariants", {}), {str: Any}).items()
+    }
     told = {
         t: [[row[0], *m[1:]] for row, m in zip(raw[t], moments[t], strict=True)] for t in moments
     }
     return (
         content["model"], content["family"], content["provenance"], told, arrays, centres,
-        content["scaled"],
+        content["scaled"], invariants,
     )  # fmt: skip
+
+
+def _library_invariants(kind: str, rows: Any) -> tuple[list[int], np.ndarray]:
+    known = check(rows, {"layers": [int], "values": [[float]]}, more=True)
+    layers, values = known["layers"], np.array(known["values"], np.float64)
+    if kind not in ("qk", "ov", "gate", "up", "down", "neurons") or len(layers) != len(values):
+        raise ValueError("kinds of invariants")
+    if values.ndim != 2 or not values.size or layers != sorted(layers) or layers[0] < 0:
+        raise ValueError("layers of invariants")
+    if not np.isfinite(values).all() or (values < 0).any() or (np.diff(values) > 0).any():
+        raise ValueError("invariants")
+    return layers, values
 
 
 def make_characterisation(folder: Path) -> Path:

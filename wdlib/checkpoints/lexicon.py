@@ -420,3 +420,38 @@ REFUSED = {
 
 VALUES_FROM_KEYS = "diffusion_gemma_text"
 """Types of models of which some layers have no values of their own, and no field says so."""
+
+# What stands around the projections -------------------------------------------------------------
+
+NORMS_BEFORE = {
+    "attention": (
+        "input_layernorm attn_norm attention_norm ln_1 ln_attn norm_1 self_attention_layer_norm "
+        "pre_attention_layernorm norm_attn_norm.norm_1 attention.layer_norm layer_norm1 norm1"
+    ),
+    "mlp": (
+        "pre_feedforward_layernorm pre_ff_layernorm pre_mlp_layernorm ffn_norm ln_2 ln_mlp norm_2 "
+        "norm_attn_norm.norm_2 layer_norm2 norm2 post_attention_layernorm"
+    ),
+}
+"""Norms whose output a block reads, by their names in a layer: the first that is there. Norms after
+a block have other names, but for `post_attention_layernorm`: see `NORMS_AFTER`."""
+
+NORMS_AFTER = {
+    "q": "self_attn.q_norm self_attn.q_layernorm attn.q_norm attention.q_norm attn_q_norm",
+    "k": "self_attn.k_norm self_attn.k_layernorm attn.k_norm attention.k_norm attn_k_norm",
+    "o": "post_self_attn_layernorm post_attention_norm",
+    "down": "post_feedforward_layernorm post_ffw_norm post_mlp_layernorm",
+}
+"""Norms that read what a projection gives, by their names in a layer: the projection's length then
+changes nothing. In a layer with one after `down`, `post_attention_layernorm` is one after `o`."""
+
+ZERO_CENTRED = (
+    "gemma gemma2 gemma3 gemma3_text recurrent_gemma vaultgemma t5gemma t5gemma2 paligemma "
+    "nemotron qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp "
+    "qwen4_exp_text minimax_m3_vl_text muse_spark_text muse_glimmer_text step3p7_text"
+)
+"""Types of models whose norms multiply by one more than their weights, as transformers stores them.
+The converter of llama.cpp adds the one."""
+
+EMBEDDINGS = "embed_tokens token_embd wte word_embeddings tok_embeddings embed_in"
+"""Names of the matrix with a row for each token: the last words of a name outside of layers."""

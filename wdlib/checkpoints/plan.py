@@ -96,12 +96,13 @@ class Plan:
     """All matrices of one stack of a checkpoint.
 
     model: the checkpoint's name. stack: the stack's. others: the kinds of other stacks of the
-    language that the checkpoint holds. parts: in the order of `inventory`.
+    language that the checkpoint holds. geometry: of the stack. parts: in the order of `inventory`.
     """
 
     model: str
     stack: str
     others: tuple[str, ...]
+    geometry: Geometry
     parts: tuple[Part, ...]
 
     def chosen(
@@ -197,7 +198,8 @@ def plan(model: str | Path | Checkpoint, *, stack: str | None = None) -> Plan:
     crossed = {role.layer for role in roles.values() if role.stack == f"{host}{CROSS}"}
     wanted = range(layers) if chosen == host else sorted(crossed)
     completeness.check(checkpoint.name, geometry, wanted, rows, crossed=crossed)
-    return Plan(checkpoint.name, chosen, tuple(stacks.others(roles, chosen)), tuple(parts))
+    others = tuple(stacks.others(roles, chosen))
+    return Plan(checkpoint.name, chosen, others, geometry, tuple(parts))
 
 
 def _check_readable(tensor: Tensor) -> None:

@@ -1,15 +1,16 @@
-"""Fingerprints of models: standard-deviation vector, clustering vector, and who a model is.
+"""Fingerprints of models: standard-deviation vector, clustering vector, and whose model it is.
 
 A fingerprint (arXiv 2509.19122; docs/method.md, section 9) is one small record per model: moments
-and largest singular values of every matrix, and the two vectors that follow from them. In: a model
-(`of`). Out: a `Fingerprint`, and the known models that it is nearest to (`identify`).
+and largest singular values of every matrix, the two vectors that follow from them, and spectra that
+stay when weights are rewritten. In: a model (`of`). Out: a `Fingerprint`, and the known models that
+it is made from (`identify`).
 """
 
-from wdlib.fingerprints import clusters, identity, movement, values
-from wdlib.fingerprints.identity import identify
+from wdlib.fingerprints import ancestors, clusters, identity, movement, relation, values
+from wdlib.fingerprints.ancestors import identify
 from wdlib.fingerprints.record import Fingerprint, check, compute, library, of, save, shipped
 
 __all__ = [
-    "Fingerprint", "check", "clusters", "compute", "identify", "identity", "library", "movement",
-    "of", "save", "shipped", "values",
+    "Fingerprint", "ancestors", "check", "clusters", "compute", "identify", "identity", "library",
+    "movement", "of", "relation", "save", "shipped", "values",
 ]  # fmt: skip

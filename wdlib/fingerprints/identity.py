@@ -1,6 +1,6 @@
-"""Distances between fingerprints, and whose copy a model is."""
+"""Distances between the vectors of fingerprints, and how well they find a model's family."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations as _orders
 
@@ -10,11 +10,6 @@ from wdlib import WdlibError
 from wdlib.fingerprints.clusters import cluster, matched
 from wdlib.fingerprints.record import Fingerprint
 from wdlib.fingerprints.values import deviation_vector
-
-COPY_THRESHOLD = 0.04
-"""Spectral difference up to which a model is called a copy. Measured: 0.004 or less for copies in 8
-or 4 bits and with adapters, 0.03 with an update of rank 1 and a tenth of the weights' norm; 0.07 or
-more for null models, 0.09 for other models (data/results/identification.csv)."""
 
 EXACT_PERMUTATIONS = 8
 """Up to so many models a permutation test takes all orders; beyond, a sample of them."""
@@ -121,83 +116,6 @@ def comparisons(fingerprints: Sequence[Fingerprint]) -> dict[str, np.ndarray]:
         "matched": distance_table(fingerprints, matched_distance),
         "pooled": distance_table(pooled, cluster_distance),
     }
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """A stored model seen from another, by the three distances; `cluster` is the matched one."""
-
-    model: str
-    family: str
-    spectral: float
-    deviation: float
-    cluster: float
-
-    @property
-    def is_copy(self) -> bool:
-        return self.spectral <= COPY_THRESHOLD
-
-
-def identify(fingerprint: Fingerprint, known: Iterable[Fingerprint]) -> list[Neighbour]:
-    """The known models by their spectral difference from a model, the nearest first.
-
-    One within `COPY_THRESHOLD` is the model itself in another guise: stored in other bits, merged
-    with an adapter, renamed. Beyond it the order says little, and nothing is claimed. The record of
-    the very same name and weights is left out; so are models that share too few types.
-    """
-    found = []
-    for other in known:
-        itself = fingerprint.provenance.get("sha256"), fingerprint.model
-        if (other.provenance.get("sha256"), other.model) == itself:
-            continue
-        if len(set(fingerprint.types) & set(other.types)) < 2:
-            continue
-        rank, k = min(fingerprint.rank, other.rank), min(fingerprint.k, other.k)
-        one, two = (f.clustered(rank=rank, k=k) for f in (fingerprint, other))
-        found.append(
-            Neighbour(
-                other.model,
-                other.family,
-                spectral_difference(one.singular_values, two.singular_values),
-                deviation_distance(one.deviations, two.deviations),
-                matched_distance(one, two),
-            )
-        )
-    return sorted(found, key=lambda n: n.spectral)
-
-
-def report(fingerprint: Fingerprint, seen: Sequence[Neighbour]) -> str:
-    """Both vectors as a table, and what `identify` found, as lines of text."""
-    f, types = fingerprint, fingerprint.types
-    rows = [("", *types)]
-    rows.append(("standard deviation", *(f"{f.deviations[t]:.3g}" for t in types)))
-    rows.append(("normalised", *(f"{v:.3f}" for v in f.deviation_vector().values())))
-    shares = np.stack(list(f.clustering_vector().values()), axis=1)
-    for i, row in enumerate(shares):
-        rows.append((f"share in cluster {i}", *(f"{v:.2f}" for v in row)))
-    family = f.family or "family not known"
-    fewest = min(len(parts) for parts in f.moments.values())
-    number = f"{fewest} to {f.matrices}" if fewest < f.matrices else f"{fewest}"
-    lines = [f"{f.model}: {family}, {number} matrices of each type, rank {f.rank}"]
-    lines += ["".join([row[0].ljust(20), *(text.rjust(8) for text in row[1:])]) for row in rows]
-    if not seen:
-        return "\n".join([*lines, "no other fingerprint is stored to compare it with"])
-    width = max(len(n.model) for n in seen) + 14
-    lines.append(" " * width + "".join(word.rjust(9) for word in ("spectra", "SDV", "clusters")))
-    for n in seen:
-        distances = (n.spectral, n.deviation, n.cluster)
-        lines.append(
-            f"distance from {n.model.ljust(width - 14)}" + "".join(f"{d:9.4f}" for d in distances)
-        )
-    first, *rest = seen
-    following = f", next {rest[0].model} {rest[0].spectral:.4f}" if rest else ""
-    lines.append(f"closest: {first.model} (distance {first.spectral:.4f}{following})")
-    verdict = f"no stored model is close: copies are within {COPY_THRESHOLD}"
-    if first.is_copy:
-        verdict = (
-            f"a copy of {first.model}, or made from it: the distance is within {COPY_THRESHOLD}"
-        )
-    return "\n".join([*lines, verdict])
 
 
 @dataclass(frozen=True)

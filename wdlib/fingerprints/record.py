@@ -2,16 +2,19 @@
 
 import json
 import logging
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from wdlib import WdlibError, __version__, paths
-from wdlib.checkpoints import catalogue, files, stream
+from wdlib.checkpoints import catalogue, files
 from wdlib.checkpoints.plan import projection_parts
+from wdlib.checkpoints.stream import Projection
+from wdlib.fingerprints import gauge
 from wdlib.fingerprints.clusters import STARTS, Clusters, K, cluster, clustering_vector
+from wdlib.fingerprints.invariants import GROUPS, Collector, Spectra
 from wdlib.fingerprints.values import Moments, deviation_vector, moments, pooled
 from wdlib.spectra import jobs, store
 
@@ -26,6 +29,9 @@ _LARGEST = 1e150
 DIGITS = 7
 """Significant digits of the stored singular values, which are proven to 1e-5 or better."""
 
+INVARIANT_DIGITS = 5
+"""Significant digits of the stored invariants."""
+
 
 @dataclass(frozen=True)
 class Fingerprint:
@@ -36,6 +42,7 @@ class Fingerprint:
     singular_values[type]: (matrices, rank) float64, descending rows, in the unit of the weights.
     clusters: of all singular value vectors of the model.
     provenance: of the weights (source, sha256, ...) and of this record.
+    invariants[kind]: what rewriting leaves, see the room; none in records before version 0.2.
     """
 
     model: str
@@ -44,6 +51,7 @@ class Fingerprint:
     singular_values: dict[str, np.ndarray]
     clusters: Clusters
     provenance: dict[str, str]
+    invariants: dict[str, Spectra] = field(default_factory=dict)
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -113,6 +121,10 @@ class Fingerprint:
                 moments={t: m[start::2] for t, m in self.moments.items()},
                 singular_values=values,
                 clusters=cluster(values, k=self.k, scaled=self.clusters.scaled, starts=starts),
+                invariants={
+                    kind: Spectra(s.layers[s.layers % 2 == start], s.values[s.layers % 2 == start])
+                    for kind, s in self.invariants.items()
+                },
             )
 
         return half(0), half(1)
@@ -135,6 +147,10 @@ class Fingerprint:
             "centres": self.clusters.centres.tolist(),
             "moments": {t: [astuple(m) for m in parts] for t, parts in self.moments.items()},
             "singular values": {t: v.tolist() for t, v in self.singular_values.items()},
+            "invariants": {
+                kind: {"layers": found.layers.tolist(), "values": found.values.tolist()}
+                for kind, found in self.invariants.items()
+            },
         }
         lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
         return "{\n" + ",\n".join(lines) + "\n}\n"
@@ -158,10 +174,14 @@ def compute(
     checkpoint = files.resolve(model)
     found = jobs.of(model, rank, progress=progress)
     parts: dict[str, list[Moments]] = {t: [] for t in found.values}
-    for p in stream.projections(checkpoint):
-        parts[p.type].append(moments(p.matrix))
-    digits = np.vectorize(lambda x: float(f"{x:.{DIGITS}g}"), otypes=[float])
-    values = {t: digits(v) for t, v in found.values.items()}
+    unchanged = Collector()
+
+    def on_matrix(projection: Projection) -> None:
+        parts[projection.type].append(moments(projection.matrix))
+
+    for layer in gauge.layers(checkpoint, on_matrix=on_matrix):
+        unchanged.add(layer)
+    values = {t: _rounded(v, DIGITS) for t, v in found.values.items()}
     about = {
         "source": checkpoint.source,
         "sha256": files.content_hash(checkpoint),
@@ -177,7 +197,16 @@ def compute(
         values,
         cluster(values, k=k),
         {key: text for key, text in about.items() if text},
+        {
+            kind: replace(spectra, values=_rounded(spectra.values, INVARIANT_DIGITS))
+            for kind, spectra in unchanged.spectra().items()
+        },
     )
+
+
+def _rounded(values: np.ndarray, digits: int) -> np.ndarray:
+    """To so many significant digits, as a file holds them."""
+    return np.vectorize(lambda x: float(f"{x:.{digits}g}"), otypes=[float])(values)
 
 
 def of(model: str | Path, *, rank: int = RANK, k: int = K) -> Fingerprint:
@@ -198,7 +227,7 @@ def of(model: str | Path, *, rank: int = RANK, k: int = K) -> Fingerprint:
     checkpoint = files.resolve(model)
     path = _own(checkpoint.name, files.reading_key(checkpoint))
     kept = load(path) if path.is_file() else None
-    if kept and rank <= kept.rank:
+    if kept and kept.invariants and rank <= kept.rank:
         return kept.clustered(rank=rank, k=k)
     return compute(model, rank=rank, k=k, family=kept.family if kept else None)
 
@@ -260,7 +289,8 @@ def keep(fingerprint: Fingerprint) -> Path:
     kept = load(path) if path.is_file() else fingerprint
     family = fingerprint.family or kept.family
     best = kept if kept.rank > fingerprint.rank else fingerprint
-    return save(replace(best, family=family), path)
+    unchanged = fingerprint.invariants or kept.invariants
+    return save(replace(best, family=family, invariants=unchanged), path)
 
 
 def save(fingerprint: Fingerprint, path: str | Path) -> Path:
@@ -282,6 +312,22 @@ def load(path: str | Path) -> Fingerprint:
 
 
 @dataclass(frozen=True)
+class _Rows:
+    """Invariants of one kind in a file."""
+
+    layers: list[int]
+    values: list[list[float]]
+
+    def spectra(self) -> Spectra:
+        """Raises ValueError for what is not made of numbers of layers and spectra."""
+        layers, values = np.array(self.layers), np.array(self.values, dtype=np.float64)
+        store.check_values({"invariants": values})
+        if len(layers) != len(values) or layers.min() < 0 or (np.diff(layers) < 0).any():
+            raise ValueError("the layers of the invariants are not theirs")
+        return Spectra(layers, values)
+
+
+@dataclass(frozen=True)
 class _Stored:
     """What is read of `Fingerprint.to_json`; moments have the fields of `Moments`."""
 
@@ -292,6 +338,7 @@ class _Stored:
     centres: list[list[float]]
     scaled: bool
     provenance: dict[str, str]
+    invariants: dict[str, _Rows] = field(default_factory=dict)
 
     def fingerprint(self) -> Fingerprint:
         """Raises ValueError where the parts do not fit each other."""
@@ -299,6 +346,8 @@ class _Stored:
         values = {t: np.array(v, dtype=np.float64) for t, v in self.singular_values.items()}
         centres = np.array(self.centres, dtype=np.float64)
         store.check_values(values)
+        if not self.invariants.keys() <= GROUPS.keys():
+            raise ValueError("the invariants are of kinds that are not known")
         if {t: len(m) for t, m in moments.items()} != {t: len(v) for t, v in values.items()}:
             raise ValueError("moments and singular values are not of the same matrices")
         every = [m for of_type in moments.values() for m in of_type]
@@ -316,6 +365,7 @@ class _Stored:
             values,
             Clusters(centres, self.scaled),
             self.provenance,
+            {kind: rows.spectra() for kind, rows in self.invariants.items()},
         )
 
 

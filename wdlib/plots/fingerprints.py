@@ -1,6 +1,7 @@
 """Fingerprints of models, and what training moves in them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,8 +9,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
-from wdlib import TYPES
-from wdlib.plots.style import ACCENT, BLUE, GREY, INK, TYPE_LOOKS, look
+from wdlib import TYPES, WdlibError, paths
+from wdlib.fingerprints.ancestors import Neighbour
+from wdlib.fingerprints.independence import Independence
+from wdlib.fingerprints.relation import Relation
+from wdlib.plots.style import ACCENT, BLUE, GREY, INK, TYPE_LOOKS, headline, look
 
 
 def densities_of_models(data: pd.DataFrame, looks: dict[str, dict], ax: Axes) -> Axes:
@@ -246,3 +250,50 @@ def against_update(data: pd.DataFrame, value: str, ax: Axes) -> Axes:
     ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
     ax.xaxis.set_minor_locator(plt.NullLocator())
     return ax
+
+
+def nearness(relation: Relation, ax: Axes, *, names: tuple[str, str]) -> Axes:
+    """Layers of one model, down, against those of another, across: how near, in `relate`'s unit.
+
+    A copy shows its diagonal, a stack its blocks. A ring marks where each recognised layer is from.
+    """
+    least = min(-3.0, float(relation.nearness.min()))
+    image = ax.imshow(relation.nearness, cmap="cividis_r", vmin=least, vmax=0, aspect="auto")
+    ax.figure.colorbar(image, ax=ax, shrink=0.75).set_label("log of the difference over its median")
+    rows = np.flatnonzero(relation.recognised)
+    ring = {"mfc": "none", "mec": ACCENT, "mew": 0.8, "ms": 5, "ls": ""}
+    ax.plot(relation.places[rows], rows, "o", **ring)
+    ax.set(xlabel=f"layer of {names[1]}", ylabel=f"layer of {names[0]}")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(plt.MaxNLocator(integer=True))
+    ax.grid(False)
+    return ax
+
+
+def picture_of_pair(
+    path: Path, model: str, seen: Neighbour, tested: Independence | None = None
+) -> Path:
+    """Write a picture of two models, layer against layer, whose kind is the end of its name.
+
+    Shares of matched neurons where the checkpoints were tested, the nearness of their records
+    otherwise.
+
+    Raises: WdlibError for a kind that is no picture's, and where there is nothing to draw.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise WdlibError(f"{path} is no name of a picture: let it end in .png, .svg or .pdf")
+    fig, ax = plt.subplots(figsize=(6.4, 5.4))
+    if tested is not None and tested.places_a:
+        layer_against_layer(tested.screen, ax, names=(tested.a, tested.b))
+        title = tested.finding
+    elif seen.relation is not None:
+        nearness(seen.relation, ax, names=(model, seen.model))
+        number, every = int(seen.relation.recognised.sum()), len(seen.relation.layers)
+        title = f"{number} of {every} layers of {model} are recognised in {seen.model}"
+    else:
+        raise WdlibError(f"the records of {model} and {seen.model} hold no layers to draw")
+    headline(fig, title, f"{model} and {seen.model}")
+    with paths.atomic_write(path) as part:
+        fig.savefig(part, format=path.suffix[1:])
+    plt.close(fig)
+    return path
