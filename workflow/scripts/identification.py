@@ -20,8 +20,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,9 +28,17 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from wdlib import WdlibError, checkpoints, paths, provenance, spectra
-from wdlib.checkpoints import files
-from wdlib.fingerprints import alterations, decoder, disguises, identity, values
-from wdlib.fingerprints.decoder import Decoder
+from wdlib.fingerprints import (
+    alterations,
+    decoder,
+    disguises,
+    gauge,
+    identity,
+    independence,
+    invariants,
+    relation,
+    values,
+)
 from wdlib.lora import pretrained
 
 FULL = checkpoints.DEFAULT
@@ -41,6 +47,8 @@ DECODERS = {FULL: 1, "gemma-3-270m": 1, "qwen2.5-coder-0.5b-instruct": 3}
 
 OTHERS = ("qwen2.5-coder-1.5b-instruct", "all-minilm-l6-v2", "all-mpnet-base-v2")
 """Models that are only held against the others."""
+
+Decoder = decoder.Decoder
 
 TOKENS = 16384
 RANK = 16
@@ -271,22 +279,68 @@ def intrinsic(a: str, b: str) -> float:
     return float(np.mean(found)) if found else 0.0
 
 
+@lru_cache(2 + len(DECODERS) + len(OTHERS))
+def kept_spectra(model: str) -> dict[str, invariants.Spectra]:
+    """What rewriting leaves, as a fingerprint holds it."""
+    collector = invariants.Collector()
+    for layer in gauge.layers(model):
+        collector.add(layer)
+    return collector.spectra()
+
+
+def invariant(a: str, b: str) -> float:
+    """The strength with which the layers of one model are recognised in the other."""
+    return relation.relate(kept_spectra(a), kept_spectra(b)).strength
+
+
+@lru_cache(1)
+def tested(a: str, b: str) -> independence.Independence | None:
+    """The test of two checkpoints; None where the two have nothing to test."""
+    try:
+        return independence.compare(a, b)
+    except WdlibError:
+        return None
+
+
+def independent(a: str, b: str) -> float:
+    """-log10 of the p-value of the test of two checkpoints."""
+    found = tested(a, b)
+    return -found.log10_p if found else float("nan")
+
+
+def aligned(a: str, b: str) -> float:
+    """The measure of arXiv 2510.06738: CKA of the attention's weights."""
+    found = tested(a, b)
+    return found.cka if found else float("nan")
+
+
 @dataclass(frozen=True)
 class Measure:
     """score: of a suspect and a stored model, as checkpoints; the larger the more alike.
 
-    rooms: what else decides the score. strangers: against so many other models a suspect is held.
+    about: the rooms and functions that decide it beside. is_of_pairs: it reads both checkpoints, so
+    it is taken of the main cases of `FULL` alone, each against its own model and one stranger.
     """
 
     score: Callable[[str, str], float]
-    rooms: tuple[ModuleType, ...]
-    strangers: int = len(DECODERS) + len(OTHERS)
+    about: tuple[Any, ...]
+    is_of_pairs: bool = False
+
+    def models(self, model: str, case: Case) -> list[str]:
+        """The stored models that a suspect which is made of a model is held against."""
+        others = [m for m in (*DECODERS, *OTHERS) if m != model]
+        if not self.is_of_pairs:
+            return [model, *others]
+        return [model, others[0]] if case.is_main and model == FULL else []
 
 
 MEASURES = {
-    "spectral difference": Measure(spectral, (identity,)),
-    "unit length": Measure(unit_length, (identity,)),
-    "intrinsic fingerprint": Measure(intrinsic, (values,)),
+    "spectral difference": Measure(spectral, (identity.spectral_difference,)),
+    "unit length": Measure(unit_length, (identity.spectral_difference,)),
+    "intrinsic fingerprint": Measure(intrinsic, (values.moments,)),
+    "invariants": Measure(invariant, (invariants, relation, gauge)),
+    "independence": Measure(independent, (independence, gauge), True),
+    "aligned CKA": Measure(aligned, (independence, gauge), True),
 }
 
 
@@ -295,21 +349,13 @@ MEASURES = {
 
 def _key(model: str, case: Case, name: str) -> str:
     """Of a suspect and a measure, by all that decides the scores but constants of this script."""
-    rooms = [decoder, disguises, alterations, *MEASURES[name].rooms]
-    parts = [Path(room.__file__).read_text() for room in rooms if room.__file__]
     made_by = {SAME: (unchanged,), CHANGED: (changed, *PARTS), BOTH: (together, *PARTS)}
-    about = (*made_by.get(case.kind, (_stranger,)), MEASURES[name].score, _cut)
-    parts += [inspect.getsource(function) for function in about]
+    about = (*made_by.get(case.kind, (_stranger,)), decoder, disguises, alterations, _cut)
+    parts = [inspect.getsource(o) for o in (*about, MEASURES[name].score, *MEASURES[name].about)]
     parts += [relatives.folder(n).name for n in relatives.MADE if case.name.endswith(n)]
     parts += [model, str(DECODERS[model]), str(TOKENS), case.name, case.strength]
-    parts += [files.content_hash(files.resolve(m)) for m in (*DECODERS, *OTHERS)]
+    parts += [checkpoints.content_hash(checkpoints.resolve(m)) for m in (*DECODERS, *OTHERS)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _held_against(model: str, name: str) -> list[str]:
-    """The stored models that a suspect made of a model is held against, its own first."""
-    others = [m for m in (*DECODERS, *OTHERS) if m != model]
-    return [model, *others[: MEASURES[name].strangers]]
 
 
 def scores(model: str, case: Case) -> dict[str, dict[str, float]]:
@@ -317,17 +363,21 @@ def scores(model: str, case: Case) -> dict[str, dict[str, float]]:
 
     The suspect is made only where a measure has not been taken of it.
     """
-    made = {name: KEPT / f"{_key(model, case, name)}.json" for name in MEASURES}
+    asked = {name: measure.models(model, case) for name, measure in MEASURES.items()}
+    made = {name: KEPT / f"{_key(model, case, name)}.json" for name in MEASURES if asked[name]}
     lacking = [name for name, file in made.items() if not file.is_file()]
     if lacking:
         try:
             suspect = decoder.write(case.make(original(model)), made[lacking[0]].with_suffix(""))
         except WdlibError:
             return {}
+        found: dict[str, dict[str, float]] = {name: {} for name in lacking}
+        for other in (*DECODERS, *OTHERS):  # measures of a pair that share work follow each other
+            for name in lacking:
+                if other in asked[name]:
+                    found[name][other] = MEASURES[name].score(str(suspect), stored(other))
         for name in lacking:
-            against = _held_against(model, name)
-            found = {m: MEASURES[name].score(str(suspect), stored(m)) for m in against}
-            paths.write_text(made[name], json.dumps(found))
+            paths.write_text(made[name], json.dumps(found[name]))
         shutil.rmtree(suspect)
     what, remedy = "the scores of a case", "remove it"
     return {

@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 
 from wdlib import checkpoints, paths
 from wdlib.fingerprints import decoder
-from wdlib.fingerprints.decoder import Decoder
 from wdlib.lora import data, pretrained
 
 BATCH, LENGTH, SEED = 4, 48, 3407
@@ -53,7 +52,7 @@ def folder(name: str) -> Path:
     return paths.CACHE / "relatives" / f"{name.partition(',')[0].replace(' ', '-')}-{digest}"
 
 
-def load(name: str) -> Decoder:
+def load(name: str) -> decoder.Decoder:
     """One of `MADE`, which `main` has trained."""
     return decoder.of(pretrained.load(folder(name)).model)
 
