@@ -6,11 +6,25 @@ stay when weights are rewritten. In: a model (`of`). Out: a `Fingerprint`, and t
 it is made from (`identify`).
 """
 
-from wdlib.fingerprints import ancestors, clusters, identity, movement, relation, values
+from wdlib.fingerprints import (
+    alterations,
+    ancestors,
+    clusters,
+    decoder,
+    disguises,
+    gauge,
+    identity,
+    independence,
+    invariants,
+    movement,
+    relation,
+    values,
+)
 from wdlib.fingerprints.ancestors import identify
 from wdlib.fingerprints.record import Fingerprint, check, compute, library, of, save, shipped
 
 __all__ = [
-    "Fingerprint", "ancestors", "check", "clusters", "compute", "identify", "identity", "library",
+    "Fingerprint", "alterations", "ancestors", "check", "clusters", "compute", "decoder",
+    "disguises", "gauge", "identify", "identity", "independence", "invariants", "library",
     "movement", "of", "relation", "save", "shipped", "values",
 ]  # fmt: skip

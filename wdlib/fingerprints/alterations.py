@@ -17,11 +17,11 @@ from wdlib.fingerprints.decoder import Block, Decoder
 Rng = np.random.Generator
 
 
-def requantised(decoder: Decoder, kind: str) -> Decoder:
+def requantised(decoder: Decoder, stored_as: str) -> Decoder:
     """The matrices as they come back from a type of GGUF: errors as `stream.requantise`."""
     found: list[dict[str, np.ndarray]] = [{} for _ in decoder.blocks]
     for p in decoder.projections():
-        found[p.layer][p.type] = requantise(p, kind).matrix
+        found[p.layer][p.type] = requantise(p, stored_as).matrix
     blocks = (b.changed(**W) for b, W in zip(decoder.blocks, found, strict=True))
     return replace(decoder, blocks=tuple(blocks))
 
