@@ -283,8 +283,7 @@ def nearness(relation: Relation, ax: Axes, *, names: tuple[str, str]) -> Axes:
     image = ax.imshow(relation.nearness, cmap="cividis_r", vmin=least, vmax=0, aspect="auto")
     ax.figure.colorbar(image, ax=ax, shrink=0.75).set_label("log of the difference over its median")
     rows = np.flatnonzero(relation.recognised)
-    ring = {"mfc": "none", "mec": ACCENT, "mew": 0.8, "ms": 5, "ls": ""}
-    ax.plot(relation.places[rows], rows, "o", **ring)
+    ax.plot(relation.places[rows], rows, "o", mfc="none", mec=ACCENT, mew=0.8, ms=5, ls="")
     ax.set(xlabel=f"layer of {names[1]}", ylabel=f"layer of {names[0]}")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(plt.MaxNLocator(integer=True))
@@ -307,14 +306,15 @@ def picture_of_pair(
     fig, ax = plt.subplots(figsize=(6.4, 5.4))
     if tested is not None and tested.places_a:
         layer_against_layer(tested.screen, ax, names=(tested.a, tested.b))
-        title = tested.finding
+        title, of = tested.finding, "neurons, layer against layer"
     elif seen.relation is not None:
         nearness(seen.relation, ax, names=(model, seen.model))
         number, every = int(seen.relation.recognised.sum()), len(seen.relation.layers)
         title = f"{number} of {every} layers of {model} are recognised in {seen.model}"
+        of = "records, layer against layer"
     else:
         raise WdlibError(f"the records of {model} and {seen.model} hold no layers to draw")
-    headline(fig, title, f"{model} and {seen.model}")
+    headline(fig, title, of)
     with paths.atomic_write(path) as part:
         fig.savefig(part, format=path.suffix[1:])
     plt.close(fig)
