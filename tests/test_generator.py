@@ -183,6 +183,17 @@ def test_the_chi_square_has_one_degree_of_freedom_less_than_there_are_rows():
     assert stats.kstest(scaled / scaled.mean(), stats.chi2(1).cdf).statistic < 0.05
 
 
+def test_the_first_order_law_has_the_mean_it_states_and_arrays_of_few_new_entries_follow_it():
+    counts = np.array([[20.0], [80.0]])
+    drawn = generator.first_order_distances(np.tile(counts, 20_000), SHAPE, rng(0))
+    assert drawn.shape == (2, 20_000)
+    stated = generator.first_order(counts[:, 0] / ENTRIES, SHAPE)
+    assert_allclose(drawn.mean(axis=1), stated, rtol=0.02)
+    assert_allclose(drawn.var(axis=1), stated**2 * 2 / (min(SHAPE) - 1), rtol=0.05)
+    arrays = to_template(alike(20, SHAPE), 800, SHAPE, 0)
+    assert_allclose(arrays.mean(), stated[0], rtol=0.1)
+
+
 def test_two_copies_are_apart_by_the_entries_new_in_either():
     counts = GaussianCounts(0.002, 0)
     between, own = [], []

@@ -1,6 +1,7 @@
 """wdlib.stats: known answers, scipy's tests, and simulations in which the truth is planted."""
 
 import csv
+import itertools
 from math import inf
 
 import numpy as np
@@ -27,6 +28,63 @@ def answers(rng: np.random.Generator, n: int, *, discordance: float, difference:
     first = np.where(draw < ahead + behind, draw < ahead, common)
     second = np.where(draw < ahead + behind, draw >= ahead, common)
     return first, second
+
+
+def test_concordance_is_friedmans_statistic_and_its_test_as_sure():
+    rng = np.random.default_rng(0)
+    for pull in (0.0, 1.0, 3.0):
+        scores = rng.standard_normal((5, 7)) + pull * np.arange(7)
+        found = stats.concordance(scores)
+        chi, _ = scipy.stats.friedmanchisquare(*scores.T)
+        assert_allclose(found.w, chi / (5 * 6))
+        left = [stats.concordance(np.delete(scores, i, 0), replicates=1).w for i in range(5)]
+        assert_allclose(found.without, left)
+    assert_allclose(stats.concordance(np.tile(np.arange(4), (3, 1))).w, 1)
+
+
+def test_concordance_errs_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    p = [stats.concordance(rng.standard_normal((4, 6)), replicates=199).p for _ in range(400)]
+    assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
+    sure = np.arange(6) + 0.1 * rng.standard_normal((4, 6))
+    assert stats.concordance(sure, replicates=199).p == 1 / 200
+
+
+@pytest.mark.parametrize("scores", [np.zeros(3), np.zeros((1, 3)), np.full((3, 3), np.nan)])
+def test_what_ranks_nothing_is_refused(scores):
+    with pytest.raises(WdlibError, match="are no rankings"):
+        stats.concordance(scores)
+
+
+def symmetric(rng: np.random.Generator, k: int) -> np.ndarray:
+    table = rng.integers(0, 6, (k, k))
+    return table + table.T
+
+
+def test_a_renamed_table_is_the_table_of_renamed_things():
+    table = symmetric(np.random.default_rng(2), 4)
+    found = stats.relabelled(table)
+    upper = np.triu_indices(4)
+    for row, order in zip(found, itertools.permutations(range(4)), strict=True):
+        assert_array_equal(row, table[np.ix_(order, order)][upper])
+    corner = stats.relabelled(table, [(0, 1), (1, 2)])
+    assert corner.shape == (24, 2)
+    assert_array_equal(corner[0], [table[0, 1], table[1, 2]])
+    for bad in (np.zeros((2, 3)), np.zeros((9, 9))):
+        with pytest.raises(WdlibError, match="cannot be renamed"):
+            stats.relabelled(bad)
+
+
+def test_correlations_under_renaming_are_scipys():
+    rng, upper = np.random.default_rng(3), np.triu_indices(4)
+    a, b = symmetric(rng, 4), symmetric(rng, 4)
+    found = stats.relabelled_correlations(a, b)
+    for r, order in zip(found, itertools.permutations(range(4)), strict=True):
+        renamed = b[np.ix_(order, order)]
+        assert_allclose(r, scipy.stats.spearmanr(a[upper], renamed[upper]).statistic)
+    assert np.isnan(stats.relabelled_correlations(a, np.ones((4, 4)))).all()
+    order = [2, 0, 3, 1]
+    assert_allclose(stats.relabelled_correlations(a, a[np.ix_(order, order)]).max(), 1)
 
 
 def test_mcnemar_counts_the_items_that_tell_two_runs_apart():

@@ -183,6 +183,24 @@ def distances_to_template(
     return np.array(rows)
 
 
+def first_order(share: float | np.ndarray, shape: tuple[int, int]) -> float | np.ndarray:
+    """Mean distance of an array to its template to first order in the share of new entries.
+
+    Source: docs/method.md, section 6: share / N times a chi-square of r - 1 degrees of freedom.
+    """
+    return share * (min(shape) - 1) / prod(shape)
+
+
+def first_order_distances(
+    counts: np.ndarray, shape: tuple[int, int], rng: np.random.Generator
+) -> np.ndarray:
+    """Distances to the template by the first-order law, without any array: as `counts`, float64.
+
+    counts: of new entries. `distances_to_template` gives those of arrays.
+    """
+    return counts / prod(shape) ** 2 * rng.chisquare(min(shape) - 1, np.shape(counts))
+
+
 def tail_exponent(x: np.ndarray, low: float, high: float) -> tuple[float, float]:
     """Exponent of the density of `x` between two bounds, by maximum likelihood.
 

@@ -3,10 +3,13 @@
 Scores are compared on the same items, and, where there are several runs, on the same seeds. `level`
 is always a confidence level: a test at `level` 0.95 errs in 5 % of the cases in which nothing
 differs. All tests are two-sided. Differences are first minus second, and shares, not percent.
+
+Beside them, whether models agree: `concordance` of rankings, `relabelled_correlations` of tables.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from math import inf, sqrt
 
 import numpy as np
@@ -55,6 +58,18 @@ class Difference:
     seeds: int
     items: int
     level: float
+
+
+@dataclass(frozen=True)
+class Concordance:
+    """Agreement of rankings: Kendall's W, 1 where all rank alike, about 0 where none does.
+
+    p: of "each ranks at random". without: (m,), W with one ranking left out.
+    """
+
+    w: float
+    p: float
+    without: np.ndarray
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
@@ -233,6 +248,72 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
     adjusted = np.empty_like(p)
     adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     return np.minimum(adjusted, 1)
+
+
+def concordance(scores: np.ndarray, *, replicates: int = REPLICATES, seed: int = 0) -> Concordance:
+    """Do judges rank the same things alike? Kendall's W, and a permutation test of it.
+
+    W is 12 S / (m^2 (k^3 - k)), S the sum of squares of the k sums of ranks about their mean. For p
+    each judge's ranks are dealt anew. Ties get mean ranks, and W is not corrected for them.
+
+    Arguments: scores (m, k), a row for each judge (a model) and a column for each thing (a type).
+    Raises: WdlibError for fewer than two of either, and for scores that are not finite.
+    Source: Kendall and Babington Smith, Annals of Mathematical Statistics 10 (1939), 275.
+    """
+    scores = np.asarray(scores, float)
+    if scores.ndim != 2 or min(scores.shape) < 2 or not np.isfinite(scores).all():
+        raise WdlibError(
+            f"scores of shape {scores.shape} are no rankings: give finite ones, a row for each of "
+            "two judges or more and a column for each of two things or more"
+        )
+    ranks = stats.rankdata(scores, axis=1)
+    w = float(_kendall(ranks))
+    dealt = np.tile(ranks, (replicates, 1, 1))
+    dealt = _kendall(np.random.default_rng(seed).permuted(dealt, axis=-1))
+    p = (1 + np.count_nonzero(dealt >= w - 1e-9)) / (1 + replicates)
+    left = [_kendall(np.delete(ranks, judge, axis=0)) for judge in range(len(ranks))]
+    return Concordance(w, p, np.array(left))
+
+
+def _kendall(ranks: np.ndarray) -> np.ndarray:
+    """W of (..., m, k) ranks."""
+    m, k = ranks.shape[-2:]
+    return 12 * np.square(ranks.sum(-2) - m * (k + 1) / 2).sum(-1) / (m**2 * (k**3 - k))
+
+
+def relabelled(table: np.ndarray, places: Sequence[tuple[int, int]] | None = None) -> np.ndarray:
+    """Entries of a table under every renaming of its rows and columns, both renamed alike.
+
+    Arguments: table (k, k), k at most 8; places, (row, column) of n entries, those on and above the
+    diagonal by default.
+    Returns: (k!, n), of which the first row is without renaming.
+    Raises: WdlibError for a table that is not square, or too large.
+    """
+    table = np.asarray(table)
+    k = len(table)
+    if table.shape != (k, k) or not 1 <= k <= 8:
+        raise WdlibError(f"a table of shape {table.shape} cannot be renamed: give (k, k), k to 8")
+    rows, columns = np.triu_indices(k) if places is None else np.transpose(places)
+    orders = np.array(list(permutations(range(k))))
+    return table[orders[:, rows], orders[:, columns]]
+
+
+def relabelled_correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Rank correlations of two symmetric tables, as they are and under every renaming of one.
+
+    Entries of one row depend on each other, so a correlation over entries has no usual p-value. The
+    share of all k! that are at least as large as the first is one.
+
+    Arguments: a, b (k, k), of which the entries on and above the diagonal are compared.
+    Returns: (k!,) Spearman's correlations, the first without renaming; NaN where a table is
+    constant.
+    Raises: WdlibError as `relabelled` does.
+    """
+    x = stats.rankdata(relabelled(a)[0])
+    y = stats.rankdata(relabelled(b), axis=1)
+    x, y = x - x.mean(), y - y.mean(axis=1, keepdims=True)
+    norm = np.linalg.norm(x) * np.linalg.norm(y, axis=1)
+    return np.divide(y @ x, norm, out=np.full(len(y), np.nan), where=norm > 0)
 
 
 def paired_power(n: int, difference: float, *, discordance: float, level: float = LEVEL) -> float:

@@ -55,7 +55,7 @@ def test_permuted_rescaled_and_turned_neurons_agree_and_are_not_in_place():
     b = {"gate": a["gate"], "up": a["up"] * scales * signs, "down": a["down"] / scales * signs}
     found = judged(a, {name: rows[order] for name, rows in b.items()})
     assert found.share == 1
-    assert found.log10_agreement < -100
+    assert found.log10_agreement < -60
     assert found.log10_order > -2
     assert found.log10_spearman < -50
 
@@ -73,10 +73,11 @@ def test_one_matrix_trained_anew_leaves_two_that_agree():
 
 def test_unrelated_layers_are_rejected_as_often_as_the_level_says():
     found = [judged(mlp(i, n=40), mlp(1000 + i, n=40)) for i in range(300)]
-    for kind in ("log10_order", "log10_agreement"):
+    for kind in ("log10_order", "log10_chance"):
         count = sum(getattr(one, kind) <= np.log10(0.05) for one in found)
         assert count <= stats.binom.ppf(0.999, len(found), 0.05)
     assert np.mean([one.in_place for one in found]) < 3 / 40
+    assert sum(one.log10_agreement <= np.log10(0.05) for one in found) == 0
 
 
 @pytest.mark.parametrize("a_is_small", [True, False])
@@ -86,11 +87,11 @@ def test_a_layer_of_half_the_neurons_is_found_in_the_whole(a_is_small):
     found = judged(half, whole) if a_is_small else judged(whole, half)
     assert (found.neurons, found.share) == (N // 2, 1)
     assert np.isnan(found.in_place)
-    assert max(found.log10_agreement, found.log10_order) < -50
+    assert max(found.log10_agreement, found.log10_order) < -30
     order = rng(1).permutation(N // 2)
     mixed = {name: rows[order] for name, rows in half.items()}
     mixed = judged(mixed, whole) if a_is_small else judged(whole, mixed)
-    assert mixed.log10_agreement < -50
+    assert mixed.log10_agreement < -30
     assert mixed.log10_order > -2
 
 
@@ -98,17 +99,21 @@ def test_only_a_sample_of_many_neurons_is_matched(monkeypatch):
     monkeypatch.setattr(independence, "TESTED", 20)
     found = judged(mlp(0), noisy(mlp(0), 0.1))
     assert (found.neurons, found.share, found.in_place) == (20, 1, 1)
-    assert found.log10_agreement == pytest.approx(
-        np.log10(3) - np.log10(np.arange(N - 19, N + 1)).sum()
-    )
+    chance = np.log10(3) - np.log10(np.arange(N - 19, N + 1)).sum()
+    assert found.log10_chance == pytest.approx(chance)
 
 
-def test_after_a_rotation_half_of_the_neurons_may_agree():
+def test_neurons_that_any_two_models_share_prove_nothing():
+    """A tenth may agree as they are, half after a rotation; chance alone would give neither."""
     a, other = mlp(0), mlp(1)
-    some = {name: np.concatenate([rows[:40], other[name][40:]]) for name, rows in a.items()}
-    assert judged(a, some).log10_agreement < -20
-    assert judged(a, some, alignment="rotation").log10_agreement > -1
-    assert judged(a, a, alignment="rotation").log10_agreement < -20
+    for alignment, kept in (("none", 10), ("rotation", 60)):
+        some = {name: np.concatenate([x[:kept], other[name][kept:]]) for name, x in a.items()}
+        found = judged(a, some, alignment=alignment)
+        assert found.share == pytest.approx(kept / N, abs=0.05)
+        assert found.log10_chance < -5
+        assert found.log10_agreement > -1
+    assert judged(a, some).log10_agreement < -10
+    assert judged(a, a, alignment="rotation").log10_agreement < -8
 
 
 def test_without_a_gate_signs_count():
@@ -185,9 +190,11 @@ def test_a_copy_is_related_and_a_model_made_apart_is_not(tmp_path):
     assert same.log10_p < -100
     assert same.is_related
     assert same.log10_fisher < -100
+    assert "in their places" in same.finding
     apart = compare(a, b)
     assert apart.log10_p > -2
     assert apart.is_related is False
+    assert apart.finding.startswith("Nothing shows that a and b are related (p = ")
     assert abs(apart.cka) < 0.1
     assert apart.log10_fisher > -3
     assert "embeddings do not align" in apart.untested[0]
@@ -197,11 +204,15 @@ def test_a_copy_in_a_rotated_basis_with_permuted_neurons_is_found(tmp_path):
     turn = stats.ortho_group.rvs(D, random_state=rng(9)).astype(np.float32)
     a = written(tmp_path / "a", tensors(0))
     b = written(tmp_path / "b", permuted(in_another_basis(tensors(0), turn)))
-    found = compare(a, b)
+    found = compare(b, a)
     assert {one.alignment for one in found.layers} == {"rotation"}
-    assert found.log10_agreement < -20
+    assert found.log10_agreement < -7
     assert found.log10_order > -2
     assert found.is_related
+    assert found.finding == (
+        "b and a are related: 3 of 3 layers, 100 % of the neurons matched, in another order "
+        "(p = 1e-7)"
+    )
     assert found.alignments["rotation"] == pytest.approx(1, abs=1e-3)
     kept = compare(a, written(tmp_path / "c", in_another_basis(tensors(0), turn)))
     assert kept.log10_order < -100
@@ -213,7 +224,7 @@ def test_permuted_axes_and_neurons_are_found_and_attention_is_alike(tmp_path):
     b = written(tmp_path / "b", permuted(in_another_basis(tensors(0), turn.astype(np.float32))))
     found = compare(a, b)
     assert {one.alignment for one in found.layers} == {"axes"}
-    assert found.log10_agreement < -100
+    assert found.log10_agreement < -7
     assert found.cka == pytest.approx(1)
 
 
@@ -251,6 +262,7 @@ def test_what_cannot_be_tested_is_said(tmp_path):
     assert other.is_related is None
     assert np.isnan([other.log10_p, other.cka, other.log10_order]).all()
     assert other.layers == ()
+    assert other.finding == "a and b cannot be compared neuron by neuron"
     assert "the widths differ, 32 and 24" in other.untested[0]
     assert "attention: hidden states of other widths" in other.untested[1]
 

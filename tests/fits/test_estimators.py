@@ -1,5 +1,6 @@
 """Power-law fits: the reference library, planted truth, closed forms."""
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -18,6 +19,22 @@ from wdlib.fits.estimators import (
     power_law_full,
     power_law_loglog,
 )
+
+
+def test_an_xmin_of_ones_own_gives_the_fit_of_what_is_above_it():
+    x = pareto(np.random.default_rng(3), 500, 2.5)
+    chosen = power_law(x)
+    same = power_law(x, xmin=chosen.xmin)
+    assert same == dataclasses.replace(chosen, method="given")
+    for xmin in (0.0, 1.5, 4.0):
+        tail, fit = x[x >= xmin], power_law(x, xmin=xmin)
+        alone = power_law_full(tail)
+        assert (fit.alpha, fit.xmin, fit.ks) == (alone.alpha, tail.min(), alone.ks)
+        assert (fit.n, fit.n_tail) == (500, len(tail))
+    last = np.sort(x)[-3]
+    assert power_law(x, xmin=last).n_tail == 3
+    with pytest.raises(WdlibError, match=r"2 distinct values from .* start at .* or below"):
+        power_law(x, xmin=np.nextafter(last, np.inf))
 
 
 def pareto(rng: np.random.Generator, n: int, alpha: float) -> np.ndarray:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import nbformat
 import pytest
 from jupyter_server.services.contents.filemanager import FileContentsManager
 from traitlets.config import PyFileConfigLoader
@@ -43,6 +44,21 @@ def test_opening_and_saving_leaves_a_stored_notebook_as_it_is(configuration, tmp
     before = (tmp_path / path).read_bytes()
     assert saved(tmp_path, path, configuration, widgets={"state": {}}) == before
     assert saved(tmp_path, path, None) != before
+
+
+def test_a_slider_that_ran_is_not_saved_and_its_figure_is(configuration, tmp_path):
+    path = "notebooks/03_dsv_power_law.ipynb"
+    (tmp_path / "notebooks").mkdir()
+    stored = nbformat.read(paths.NOTEBOOKS / "03_dsv_power_law.ipynb", as_version=4)
+    before = nbformat.writes(stored) + "\n"
+    sliders = [cell for cell in stored.cells if "plots.slider(" in cell.source]
+    assert len(sliders) == 2
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "Slider"}
+    for cell in sliders:
+        assert [set(output.data) for output in cell.outputs] == [{"image/png", "text/plain"}]
+        cell.outputs.insert(0, nbformat.v4.new_output("display_data", view))
+    nbformat.write(stored, tmp_path / path)
+    assert saved(tmp_path, path, configuration, widgets={"state": {}}).decode() == before
 
 
 def test_a_notebook_of_ones_own_is_saved_as_jupyterlab_does(configuration, tmp_path):

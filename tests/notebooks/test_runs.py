@@ -193,6 +193,31 @@ def test_the_copy_holds_the_outputs_and_nothing_of_this_run(house, write_noteboo
     assert nbformat.writes(same) + "\n" == first
 
 
+def test_a_slider_leaves_its_figure_and_a_bar_nothing(house, write_notebook):
+    notebook = write_notebook(
+        house / "n.ipynb",
+        "%matplotlib inline\nfrom wdlib import plots",
+        "def draw(x, ax):\n    return f'it is {x}'",
+        "plots.slider(draw, 'x', (1, 2), value=2, model='m')",
+        "from tqdm.auto import tqdm\nfor _ in tqdm(range(3)): pass",
+        "from tqdm import tqdm\nfor _ in tqdm(range(3)): pass",
+    )
+    notebooks.run_notebook(notebook, output=house / "out.ipynb")
+    stored = nbformat.read(house / "out.ipynb", as_version=4)
+    *_, slider, widget, bar = (cell.get("outputs") for cell in stored.cells)
+    assert [set(output.data) for output in slider] == [{"image/png", "text/plain"}]
+    assert slider[0].data["text/plain"].startswith("<Figure size")
+    assert widget == bar == []
+    assert "widgets" not in stored.metadata
+
+
+def test_no_bar_of_ours_is_a_widget():
+    rooms = {path: path.read_text(encoding="utf-8") for path in paths.PACKAGE.rglob("*.py")}
+    bars = [path.stem for path, source in rooms.items() if "import tqdm" in source]
+    assert len(bars) == 4
+    assert [path for path, source in rooms.items() if "tqdm.auto" in source] == []
+
+
 def test_results_of_a_notebook_go_where_ours_do(house, write_notebook, monkeypatch):
     monkeypatch.setattr(paths, "HOME", house / "home")
     code = "from wdlib import paths\nprint(paths.HOME, paths.OWN_RESULTS)"

@@ -66,8 +66,10 @@ def _opening(notebook):
         return ["the first cell is not markdown with a title"]
     if "arXiv" not in first.source:
         return ["the opening cell does not cite the paper"]
-    missing = [h for h in HEADINGS if not re.search(rf"^#+ {h}", first.source, re.M | re.I)]
-    return [f"the opening cell lacks the heading {heading!r}" for heading in missing]
+    missing = [
+        h for h in HEADINGS if not re.search(rf"^#+ {h}|\*\*{h}:", first.source, re.M | re.I)
+    ]
+    return [f"the opening cell lacks {heading!r}" for heading in missing]
 
 
 def _parameters(notebook):
@@ -208,7 +210,7 @@ def test_a_good_notebook_has_no_problems():
 SPOILED = {
     "title": lambda n: n.cells[0].update(source=n.cells[0].source[2:]),
     "cite": lambda n: n.cells[0].update(source=n.cells[0].source.replace("arXiv", "")),
-    "lacks the heading": lambda n: n.cells[0].update(source="# T arXiv\n## What you need"),
+    "lacks 'What you will do'": lambda n: n.cells[0].update(source="# T arXiv\n## What you need"),
     "0 cells are tagged": lambda n: n.cells[2].update(metadata={}),
     "2 cells are tagged": lambda n: n.cells[1].update(metadata={"tags": ["parameters"]}),
     "annotated assign": lambda n: n.cells[2].update(source="rank = 16"),

@@ -29,15 +29,19 @@ def test_medians_by_type_leave_a_gap_where_a_type_is_absent():
     looks = {name: look(n) for n, name in enumerate(("encoder", "full"))}
     _, ax = plt.subplots()
     assert medians_by_type(data, looks, ax) is ax
-    lines = {line.get_label(): line for line in ax.lines[::2]}
+    *curves, said = ax.lines
+    assert said.get_label().startswith("open: ")
+    assert len(said.get_xdata()) == 0
+    lines = {line.get_label(): line for line in curves[::2]}
     assert {name: line.get_color() for name, line in lines.items()} == {
         name: looks[name]["color"] for name in ("full", "encoder")
     }  # fmt: skip
-    for (model, line), null in zip(lines.items(), ax.lines[1::2], strict=True):
+    for (model, line), null in zip(lines.items(), curves[1::2], strict=True):
         rows = data[data.model == model].set_index("type").reindex(TYPES)
         np.testing.assert_array_equal(line.get_ydata(), rows["median"])
         np.testing.assert_array_equal(null.get_ydata(), rows.null)
         assert null.get_color() == line.get_color()
+        assert null.get_markerfacecolor() == said.get_markerfacecolor() == "white"
         np.testing.assert_array_equal(np.rint(line.get_xdata()), range(len(TYPES)))
     assert np.isnan(lines["encoder"].get_ydata()[TYPES.index("gate")])
     assert lines["full"].get_xdata()[0] < lines["encoder"].get_xdata()[0]  # side by side

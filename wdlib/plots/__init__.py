@@ -5,6 +5,7 @@ both. The rooms are named by what they draw: `plots.fits.ccdf`.
 """
 
 from wdlib.plots import classes, distances, fingerprints, fits, generator, lora, spectra
+from wdlib.plots.interactive import slider
 from wdlib.plots.style import (
     ACCENT,
     COLORS,
@@ -24,5 +25,5 @@ from wdlib.plots.style import (
 __all__ = [
     "ACCENT", "COLORS", "INK", "NULL_COLORS", "TYPE_LOOKS", "classes", "distances",
     "fingerprints", "fits", "folder", "generator", "headline", "label_lowest", "looks", "lora",
-    "save", "set_style", "shades", "spectra", "text_table",
+    "save", "set_style", "shades", "slider", "spectra", "text_table",
 ]  # fmt: skip

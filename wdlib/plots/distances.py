@@ -1,11 +1,16 @@
 """Distances between singular value vectors."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
 from wdlib import TYPES
-from wdlib.plots.style import ACCENT, BLUE, PALE
+from wdlib.plots.style import ACCENT, BLUE, GREY, PALE
+
+OPEN: dict[str, Any] = {"ms": 3.5, "mfc": "white", "mew": 0.8}
+"""The markers of null models."""
 
 
 def distance_matrix(data: pd.DataFrame, ax: Axes) -> Axes:
@@ -60,7 +65,8 @@ def medians_by_type(data: pd.DataFrame, looks: dict[str, dict], ax: Axes) -> Axe
         rows = rows.set_index("type").reindex(TYPES)  # so that the line breaks at an absent type
         x = np.arange(len(TYPES)) + 0.08 * (i - (groups.ngroups - 1) / 2)
         ax.plot(x, rows["median"], ms=5, lw=0.8, label=model, **look)
-        ax.plot(x, rows.null, look["marker"], color=color, ms=3.5, mfc="white", mew=0.8)
+        ax.plot(x, rows.null, look["marker"], color=color, **OPEN)
+    ax.plot([], [], "o", color=GREY, label="open: normal matrices of the same shapes", **OPEN)
     ax.set_xticks(range(len(TYPES)), TYPES)
     ax.set(yscale="log", ylabel="median distance between layers")
     return ax

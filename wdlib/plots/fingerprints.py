@@ -45,8 +45,10 @@ def parallel_coordinates(data: pd.DataFrame, looks: dict[str, dict], ax: Axes) -
     return ax
 
 
-def matrix_of_models(table: np.ndarray, names: list[str], ax: Axes, *, rows: bool = True) -> Axes:
-    """Distances between models with their numbers; only with `rows` are the rows named."""
+def matrix_of_models(
+    table: np.ndarray, names: list[str], ax: Axes, *, rows: bool = True, columns: bool = True
+) -> Axes:
+    """Distances between models with their numbers; rows, columns: whether they are named."""
     shown = np.where(np.eye(len(names), dtype=bool), np.nan, table)
     image = ax.imshow(shown, cmap="Blues", vmin=0, vmax=np.nanmax(shown))
     bar = ax.figure.colorbar(image, ax=ax, shrink=0.55, pad=0.03)
@@ -56,9 +58,9 @@ def matrix_of_models(table: np.ndarray, names: list[str], ax: Axes, *, rows: boo
             red, green, blue, _ = image.cmap(image.norm(value))
             light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
             color = INK if light else "white"
-            ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, size=7.5)
-    ax.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=7)
-    ax.set_yticks(range(len(names)), names if rows else [], fontsize=7)
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, size=8)
+    ax.set_xticks(range(len(names)), names if columns else [], rotation=35, ha="right", fontsize=8)
+    ax.set_yticks(range(len(names)), names if rows else [], fontsize=8)
     ax.tick_params(length=0)
     ax.grid(False)
     return ax
@@ -249,6 +251,26 @@ def against_update(data: pd.DataFrame, value: str, ax: Axes) -> Axes:
     ax.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
     ax.xaxis.set_minor_locator(plt.NullLocator())
+    return ax
+
+
+def layer_against_layer(
+    table: np.ndarray, ax: Axes, *, names: tuple[str, str], label: str = "share of matched neurons"
+) -> Axes:
+    """Two models layer against layer, first down and second across: shares, 0 to 1.
+
+    A copy shows its diagonal, a stack its blocks. table: (layers of the first, of the second);
+    names: of the two models. A dot marks the largest value of each row that reaches a quarter.
+    """
+    image = ax.imshow(table, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, shrink=0.75).set_label(label)
+    best = table.argmax(axis=1)
+    rows = np.flatnonzero(table.max(axis=1) >= 0.25)
+    ax.plot(best[rows], rows, "o", color=ACCENT, ms=2.5, mew=0, ls="")
+    ax.set(xlabel=f"layer of {names[1]}", ylabel=f"layer of {names[0]}")
+    ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    ax.yaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    ax.grid(False)
     return ax
 
 

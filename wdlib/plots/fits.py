@@ -48,6 +48,24 @@ def fitted(fit: estimators.PowerLawFit, ax: Axes, high: float, *, label: str, **
     return ax
 
 
+def tail_of(
+    distances: np.ndarray, fit: estimators.PowerLawFit, ax: Axes, *, whole: np.ndarray
+) -> Axes:
+    """Distances with a law that was fitted to them, before all of which they are a part.
+
+    The axes are those of the whole: nothing but the curves moves from one part to another.
+    """
+    ccdf(ccdf_table(whole), ax, color=GREY, lw=0.8, label=f"all {len(whole):,} distances")
+    limits = ax.get_xlim(), ax.get_ylim()
+    if len(distances) < len(whole):
+        ccdf(ccdf_table(distances), ax, label=f"{len(distances):,} of them")
+    fitted(fit, ax, distances.max(), label=f"power law, α = {fit.alpha:.2f}")
+    ax.axvline(fit.xmin, color=ACCENT, lw=0.8, ls=":")
+    ax.set(xlim=limits[0], ylim=limits[1])
+    ax.legend(loc="lower left")
+    return ax
+
+
 def intervals(draws: pd.DataFrame, estimates: dict[str, float], ax: Axes) -> Axes:
     """Resampled exponents, a column of `draws` per estimator, with 95 % bar and the estimate."""
     for row, (name, estimate) in enumerate(estimates.items()):

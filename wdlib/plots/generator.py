@@ -55,6 +55,24 @@ def chi_square_panel(scaled: np.ndarray, freedom: int, ax: Axes) -> pd.DataFrame
     return table
 
 
+def against_first_order(ratios: np.ndarray, freedom: int, ax: Axes) -> Axes:
+    """Distances over those of the first-order law, with the chi-square that they then follow.
+
+    The axes stay: from one share of new entries to another, the histogram moves.
+    """
+    edges = np.linspace(0, 3, 61)
+    middle = (edges[1:] + edges[:-1]) / 2
+    law = stats.chi2(freedom, scale=1 / freedom).pdf(middle)
+    density = np.histogram(ratios, edges)[0] / (len(ratios) * np.diff(edges))
+    ax.stairs(density, edges, fill=True, color=PALE, label="distances")
+    ax.plot(middle, law, color=ACCENT, label=f"first order: χ², {freedom} degrees of freedom")
+    ax.axvline(ratios.mean(), color=INK, lw=0.8, ls="--", label="mean of the distances")
+    ax.set(xlim=(0, 3), ylim=(0, 3), ylabel="density")
+    ax.set_xlabel("distance to the template / mean of the first-order law")
+    ax.legend(loc="upper right")
+    return ax
+
+
 def sweep(data: pd.DataFrame, axes: np.ndarray) -> None:
     """One parameter swept, a column of three panels: median distance, alpha, share power-law.
 

@@ -1,5 +1,7 @@
 """Weight values and singular values."""
 
+from collections.abc import Mapping
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -35,6 +37,22 @@ def singular_values(data: pd.DataFrame, ax: Axes) -> Axes:
     for shade, (_, rows) in zip(shades(layers.ngroups), layers, strict=True):
         ax.plot(rows["index"], rows.relative, color=shade, lw=0.8)
     ax.set_ylim(0, 1.03)
+    return ax
+
+
+def profiles(values: Mapping[str, np.ndarray], ax: Axes, *, most: int) -> Axes:
+    """The median spectrum of each type, relative to the largest value; the axis goes to `most`.
+
+    values: of each type (layers, r), as in `Spectra.values`.
+    """
+    for kind, rows in values.items():
+        middle = np.median(rows / rows[:, :1], axis=0)
+        line = TYPE_LOOKS[kind] | {"marker": ""}
+        ax.plot(range(1, len(middle) + 1), middle, label=kind, **line)
+    ax.set(xscale="log", xlim=(1, most), ylim=(0, 1.03), xlabel="index i")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_ylabel("singular value / largest")
+    ax.legend(ncols=2, loc="lower left", handlelength=2.4)
     return ax
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from wdlib import TYPES, WdlibError, __version__
 from wdlib.checkpoints import files, plan, stream

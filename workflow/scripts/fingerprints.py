@@ -12,6 +12,7 @@ MODELS = (
     "qwen2.5-coder-1.5b-instruct",
     "gemma-3-270m",
     "all-minilm-l6-v2",
+    "all-mpnet-base-v2",
 )
 
 
