@@ -16,7 +16,17 @@ import pytest
 from wdlib import paths
 
 ORDER = (
-    *("paths", "paper", "stats", "checkpoints", "provenance", "spectra", "distances", "fits"),
+    *(
+        "paths",
+        "paper",
+        "stats",
+        "sweeps",
+        "checkpoints",
+        "provenance",
+        "spectra",
+        "distances",
+        "fits",
+    ),
     *("characterise", "generator", "calibration", "fingerprints", "lora", "plots", "notebooks"),
     *("cli", "__main__"),
 )

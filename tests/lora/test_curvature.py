@@ -48,7 +48,9 @@ def test_it_is_that_of_the_whole_hessian(zero_b, batch):
     peft_model = adapted(zero_b=zero_b)
     peft_model.base_model.model.config._attn_implementation = "eager"
     hessian = whole_hessian(peft_model, batch)
-    np.testing.assert_allclose(hessian, hessian.T, atol=1e-3)  # norms and softmax compute in float32
+    np.testing.assert_allclose(
+        hessian, hessian.T, atol=1e-3
+    )  # norms and softmax compute in float32
     values, vectors = np.linalg.eigh(hessian)
     trained = [(n, p.numel()) for n, p in peft_model.named_parameters() if p.requires_grad]
     of_b = np.concatenate([np.full(size, ".lora_B." in name) for name, size in trained])

@@ -7,6 +7,7 @@ one (`train`), its answers (`evaluate`), and a grid of such runs with their resu
 
 from wdlib.lora import (
     benchmarks,
+    curvature,
     data,
     evaluation,
     grid,
@@ -25,7 +26,7 @@ from wdlib.lora.runs import Hyperparameters, Run
 from wdlib.lora.training import train
 
 __all__ = [
-    "Hyperparameters", "LoraSettings", "Run", "attach", "benchmarks", "data", "evaluate",
-    "evaluation", "export", "grid", "initialisation", "measure", "pretrained", "reshape_",
-    "results", "runs", "scores", "train", "training",
+    "Hyperparameters", "LoraSettings", "Run", "attach", "benchmarks", "curvature", "data",
+    "evaluate", "evaluation", "export", "grid", "initialisation", "measure", "pretrained",
+    "reshape_", "results", "runs", "scores", "train", "training",
 ]  # fmt: skip
