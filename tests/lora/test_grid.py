@@ -444,6 +444,31 @@ def test_other_data_than_that_of_the_results_is_refused(grid, places, monkeypatc
 
 
 @pytest.mark.usefixtures("asked", "copied")
+def test_a_machine_that_computes_differently_is_refused_before_it_trains(
+    grid, places, home, monkeypatch
+):
+    """Its trace is the untrained model's loss; what was trained elsewhere is not taken either."""
+    cell = cells(grid)[-1]
+    kept = places["results"] / f"{cell.run.key}.json"
+    report = json.loads(kept.read_text())
+    forget(cell, places)
+    for path in places["results"].glob("*.json"):
+        other = json.loads(path.read_text())
+        if other["step0"]:
+            other["step0"]["base_loss"] += 0.001
+            path.write_text(json.dumps(other))
+    there = {path: path.read_bytes() for path in places["results"].iterdir()}
+    here = f"{report['step0']['base_loss']:.5f} here"
+    with pytest.raises(WdlibError, match=f"computes differently .* {here}"):
+        run_cell(cell, data_folder=home / "data", **places)  # it is trained in the cache
+    shutil.rmtree(places["work"] / cell.run.key)
+    monkeypatch.setattr(training, "_fit", lambda *_, **__: pytest.fail("it was trained"))
+    with pytest.raises(WdlibError, match="computes differently"):
+        run_cell(cell, data_folder=home / "data", **places)
+    assert {path: path.read_bytes() for path in places["results"].iterdir()} == there
+
+
+@pytest.mark.usefixtures("asked", "copied")
 def test_files_of_two_adapters_are_no_result(grid, places, do_all):
     cell = cells(grid)[-1]
     path = places["results"] / f"{cell.run.key}.json"

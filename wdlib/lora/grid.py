@@ -25,6 +25,7 @@ from wdlib.checkpoints.catalogue import catalogue_model
 from wdlib.fingerprints import record
 from wdlib.fingerprints.record import Fingerprint
 from wdlib.lora import adapters, data, devices, evaluation, pretrained, scores, training
+from wdlib.lora import results as results_of
 from wdlib.lora.adapters import adapted_sites
 from wdlib.lora.benchmarks import TASKS, Protocol
 from wdlib.lora.measure import relative_norms
@@ -303,10 +304,7 @@ def _check_comparable(run: Run, data_folder: str | Path | None, results: Path) -
     Before anything is trained; the data for runs on the same data, the device for all of a model.
     """
     digest = data.data_hash(data.examples(run.data, folder=data_folder))
-    for path in results.glob("*.json"):
-        if path.name.endswith(".fingerprint.json"):
-            continue
-        known = read_report(path)
+    for known in results_of.reports(results):
         configuration = known["configuration"]
         if configuration["data"] == run.data and known["hashes"]["data"] != digest:
             raise WdlibError(
@@ -326,8 +324,14 @@ def _run_locked(cell: Cell, data_folder: str | Path | None, results: Path, work:
         return "was finished"
     begun = time.perf_counter()
     _check_comparable(cell.run, data_folder, results)
-    folder = training.train(cell.run, work / cell.run.key, data_folder=data_folder)
+
+    def check(start: dict[str, Any]) -> None:
+        results_of.check_arithmetic(cell.run, start, training.dtype(cell.run), results)
+
+    place = work / cell.run.key
+    folder = training.train(cell.run, place, data_folder=data_folder, check=check)
     report = read_report(folder / "result.json")
+    check(report)
     devices.check_kind(devices.kind(report["machine"]), what=f"the run in {folder}", remedy=_APART)
     adapter = report["hashes"]["adapter"]
     if stored and stored.report["hashes"]["adapter"] != adapter:
