@@ -37,6 +37,7 @@ from wdlib.lora.grid import (
     state,
 )
 from wdlib.lora.results import fingerprint_file, load_result
+from wdlib.lora.runs import Hyperparameters
 from wdlib.lora.scores import Evaluation
 from wdlib.spectra import workers
 
@@ -161,6 +162,13 @@ def test_the_cells_go_by_tier_then_seed(grid):
     assert {c.run.hyperparameters.steps for c in found} == {2}
 
 
+def test_a_list_of_rates_is_a_run_for_each(grid):
+    one, several = "learning_rate: 1.0e-3", "learning_rate: [2.0e-4, 1.0e-3, 3.0e-3]"
+    grid.write_text(grid.read_text().replace(one, several))
+    rates = [c.run.hyperparameters.learning_rate for c in cells(grid) if c.tier == "second"]
+    assert rates == [2e-4, 1e-3, 3e-3]  # 2e-4 is that of the entry without one, and once
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -207,7 +215,10 @@ def test_the_grid_of_the_project():
     first = [c for c in found if c.tier == "tier1"]
     assert len(first) == 16
     assert [c.run.init for c in first[:4]] == ["untrained", "default", "literal", "preserved"]
-    assert {c.tier for c in found if c.fingerprint} == {"tier1", "data"}
+    assert {c.tier for c in found if c.fingerprint} == {"tier1", "data", "fair-data"}
+    fair = [c.run.hyperparameters.learning_rate for c in found if c.tier == "fair"]
+    assert len(fair) == 5 * (6 + 6 + 4)
+    assert min(fair) < Hyperparameters().learning_rate < max(fair)
     by_data = [(c.run.data, c.run.seed) for c in found if c.tier == "data"]
     assert by_data == [(data, seed) for seed in (3407, 1, 2) for data in DATA]
     references = {c.run.characterisation() for c in found} - {None}

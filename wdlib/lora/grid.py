@@ -74,9 +74,10 @@ def cells(path: str | Path = GRID) -> tuple[Cell, ...]:
     """The cells of a grid file in their order.
 
     The file has `tiers`, from a name to `seeds`, `evaluation` (fields of `Protocol`; `tasks: []`
-    for none), `runs` (fields of `Run`, beside hyperparameters by their own names) and, if it is
-    wanted, `fingerprint: true`; and `defaults` for all runs. A tier's cells go by seed, so that the
-    runs of one seed can be compared early. A run that does not depend on the seed is one cell.
+    for none), `runs` (fields of `Run`, beside hyperparameters by their own names; a list of
+    learning rates is a run for each) and, if it is wanted, `fingerprint: true`; and `defaults` for
+    all runs. A tier's cells go by seed, so that the runs of one seed can be compared early. A run
+    that does not depend on the seed is one cell.
     Raises: WdlibError, naming the file, for what is no such grid.
     """
     import yaml
@@ -124,11 +125,20 @@ def _expand(grid: _Grid) -> Iterator[Cell]:
     for name, tier in grid.tiers.items():
         seen = set()
         for seed in tier.seeds:
-            for given in tier.runs:
+            for given in (one for runs in tier.runs for one in _at_each_rate(runs)):
                 run = _run({**grid.defaults, **given}, seed)
                 if run.key not in seen:
                     seen.add(run.key)
                     yield Cell(name, run, tier.evaluation, tier.fingerprint)
+
+
+def _at_each_rate(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The runs that one entry of a file stands for."""
+    rates = given.get("learning_rate")
+    if not isinstance(rates, list):
+        yield given
+        return
+    yield from ({**given, "learning_rate": rate} for rate in rates)
 
 
 def _check_protocols(every: Sequence[Cell]) -> None:
