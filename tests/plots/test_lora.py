@@ -87,6 +87,14 @@ def test_a_forest_fills_only_what_stands_after_correction():
     ]
 
 
+def test_a_table_of_differences_is_text():
+    row = {"estimate": 0.01234, "low": -0.1, "high": 0.2, "holm": 0.004, "detectable": 0.25}
+    rows = [row | {"seeds": 3}, row | {"holm": 0.5, "seeds": 1}]
+    text = lora.difference_table(pd.DataFrame(rows, index=["a", "b"]))
+    assert list(text.loc["a"]) == ["+0.0123", "[-0.1000, +0.2000]", "< 0.01", "0.250", 3]
+    assert text.loc["b", "p, Holm"] == "0.50"
+
+
 def test_losses_by_rate_are_lines_through_the_means_of_the_seeds():
     data = pd.DataFrame(
         [("default", s, v, v * s) for s in (1, 3) for v in (1e-4, 6.67e-4, 1e-3)],

@@ -170,6 +170,15 @@ def forest(data: pd.DataFrame, ax: Axes) -> Axes:
     return _rows_around_zero(data.variant, ax)
 
 
+def difference_table(data: pd.DataFrame) -> pd.DataFrame:
+    """Differences as text, with the index of the table: columns as of `stats.Difference`, holm."""
+    interval = [f"[{low:+.4f}, {high:+.4f}]" for low, high in zip(data.low, data.high, strict=True)]
+    text = pd.DataFrame({"difference": data.estimate.map("{:+.4f}".format), "95 %": interval})
+    text["p, Holm"] = ["< 0.01" if p < 0.01 else f"{p:.2f}" for p in data.holm]
+    text["seen"], text["seeds"] = data.detectable.map("{:.3f}".format), data.seeds
+    return text.set_index(data.index)
+
+
 def _rows_around_zero(labels: Sequence[str], ax: Axes) -> Axes:
     """Name the rows of an axes, the first at the top, and mark zero."""
     ax.axvline(0, color=INK, lw=0.6)
