@@ -217,7 +217,7 @@ def test_the_grid_of_the_project():
     assert [c.run.init for c in first[:4]] == ["untrained", "default", "literal", "preserved"]
     assert {c.tier for c in found if c.fingerprint} == {"tier1", "data", "fair-data"}
     fair = [c.run.hyperparameters.learning_rate for c in found if c.tier == "fair"]
-    assert len(fair) == 5 * (6 + 6 + 4)
+    assert len(fair) == 5 * (6 + 6 + 5)
     assert min(fair) < Hyperparameters().learning_rate < max(fair)
     by_data = [(c.run.data, c.run.seed) for c in found if c.tier == "data"]
     assert by_data == [(data, seed) for seed in (3407, 1, 2) for data in DATA]
