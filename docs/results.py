@@ -128,17 +128,17 @@ PAPERS = (
     ),
     Row(
         says="A: reshaped LoRA lifts GPQA of SmolLM2-135M from 0.2222 to 0.2879",
-        notebook="08",
+        notebook="13",
         found=r"over four orders minus default (\S+) \[(\S+), (\S+)\]",
         words="over four orders {0} against peft's default ({1} to {2})",
-        figure="08_orders",
+        figure="13_orders",
     ),
     Row(
         says="A: reshaped LoRA trains better",
         notebook="08",
-        found=r"trains better.*?held-out loss minus default (\S+) \[(\S+), (\S+)\]",
-        words="held-out loss {0} nats ({1} to {2})",
-        figure="08_training",
+        found=r"trains better.*?papers' rate; (\S+) \[(\S+), (\S+)\] each at its best",
+        words="each at its best rate, held-out loss {0} nats ({1} to {2})",
+        figure="08_rates",
     ),
     Row(
         says="B: the Standard-Deviation Vector tells models apart",
@@ -246,17 +246,17 @@ OURS = (
     Row(
         says="Is it the start, or the size of the steps?",
         notebook="08",
-        found=r"\ndefault [^|]*(?:0\.0006|× 3\))\|default\|-([\d.]+)(?s:.*?)"
-        r"\npissa\|default\|-([\d.]+)",
-        words="the size: a triple rate gains {0} nats, PiSSA {1}",
-        figure="08_sensitivity",
+        found=r"\npissa\|both at the papers' rate\|(\S+?)\|(?s:.*?)"
+        r"each at its best rate\|(\S+?)\|",
+        words="the size: PiSSA is {0} nats off, each at its best {1}",
+        figure="08_leads",
     ),
     Row(
         says="How much does GPQA move with the order of its letters?",
-        notebook="08",
+        notebook="13",
         found=r"one model in two orders\|\d+\|([\d.]+)%",
         words="by the paper's 13 questions or more in {0} % of cases",
-        figure="08_orders",
+        figure="13_orders",
     ),
     Row(
         says="Whose copy is a checkpoint?",

@@ -16,9 +16,9 @@ import pytest
 from wdlib import paths
 
 ORDER = (
-    *("paths", "paper", "stats", "checkpoints", "provenance", "spectra", "distances", "fits"),
-    *("characterise", "generator", "calibration", "fingerprints", "lora", "plots", "notebooks"),
-    *("cli", "__main__"),
+    *("paths", "paper", "stats", "sweeps", "checkpoints", "provenance", "spectra", "distances"),
+    *("fits", "characterise", "generator", "calibration", "fingerprints", "lora", "plots"),
+    *("notebooks", "cli", "__main__"),
 )
 """The stations along the way: each imports only those before it, and none but the command
 imports plots."""

@@ -171,7 +171,7 @@ def paired_bootstrap(
     Raises: WdlibError for shapes that do not pair and for scores that are not finite.
     Source: docs/method.md, section 8.
     """
-    _check_shares(level=level)
+    check_shares(level=level)
     difference = _paired(first, second)
     seeds, items = difference.shape
     rng = np.random.default_rng(seed)
@@ -179,18 +179,26 @@ def paired_bootstrap(
     shift = _resampled_means(difference.mean(0), replicates, rng) - estimate
     if seeds > 1:
         shift += rng.standard_normal(replicates) * np.sqrt(
-            _seed_variances(difference, replicates, rng)
+            seed_variances(difference, replicates, rng)
         )
+    return summary(estimate, shift, (seeds, items), level)
+
+
+def summary(estimate: float, shift: np.ndarray, shape: tuple[int, int], level: float) -> Difference:
+    """What bootstrap replicates say of a difference.
+
+    Arguments: shift (replicates,), less the estimate; shape, (seeds, items).
+    """
     low, high, strong = np.quantile(shift, [(1 - level) / 2, (1 + level) / 2, POWER])
     tail = min((shift <= -estimate).sum(), (shift >= -estimate).sum())
     return Difference(
         estimate=estimate,
         low=float(estimate + low),
         high=float(estimate + high),
-        p=min(1.0, float(2 * (tail + 1) / (replicates + 1))),
+        p=min(1.0, float(2 * (tail + 1) / (len(shift) + 1))),
         detectable=float(high + strong),
-        seeds=seeds,
-        items=items,
+        seeds=shape[0],
+        items=shape[1],
         level=level,
     )
 
@@ -216,10 +224,11 @@ def _resampled_means(values: np.ndarray, replicates: int, rng: np.random.Generat
     return rng.multinomial(len(values), counts / len(values), replicates) @ distinct / len(values)
 
 
-def _seed_variances(
-    difference: np.ndarray, replicates: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Draws of what the seeds add to the variance of the mean, (replicates,)."""
+def seed_variances(difference: np.ndarray, replicates: int, rng: np.random.Generator) -> np.ndarray:
+    """Draws of what the seeds add to the variance of a mean, (replicates,): see `paired_bootstrap`.
+
+    Arguments: difference (seeds, items), of two seeds or more.
+    """
     seeds, items = difference.shape
     by_seed = difference.mean(1, keepdims=True) - difference.mean()
     rest = difference - difference.mean(0) - by_seed
@@ -324,7 +333,7 @@ def paired_power(n: int, difference: float, *, discordance: float, level: float 
     Raises: WdlibError for shares outside these ranges.
     Source: docs/method.md, section 8.
     """
-    _check_shares(discordance=discordance, level=level)
+    check_shares(discordance=discordance, level=level)
     if abs(difference) > discordance:
         raise WdlibError(
             f"accuracies cannot differ by {difference} if {discordance} of the items tell the two "
@@ -348,7 +357,7 @@ def unpaired_power(n: int, difference: float, *, accuracy: float, level: float =
     Source: docs/method.md, section 8.
     """
     accuracies = np.array([accuracy, accuracy + difference])
-    _check_shares(accuracy=accuracy, level=level)
+    check_shares(accuracy=accuracy, level=level)
     if not 0 <= accuracies[1] <= 1:
         raise WdlibError(f"accuracy cannot be {accuracies[1]}: give a smaller difference")
     mean = accuracies.mean()
@@ -374,7 +383,7 @@ def minimum_detectable_effect(
     Source: docs/method.md, section 8.
     """
     share, paired = _design(accuracy, discordance)
-    _check_shares(power=power, level=level)
+    check_shares(power=power, level=level)
     if power <= 1 - level:
         raise WdlibError(f"power {power} is met without any effect: give more than {1 - level:.3g}")
 
@@ -423,11 +432,12 @@ def _design(accuracy: float | None, discordance: float | None) -> tuple[float, b
     given = [share for share in (accuracy, discordance) if share is not None]
     if len(given) != 1:
         raise WdlibError("give `discordance` for paired runs or `accuracy` for unpaired ones")
-    _check_shares(share=given[0])
+    check_shares(share=given[0])
     return given[0], discordance is not None
 
 
-def _check_shares(**shares: float) -> None:
+def check_shares(**shares: float) -> None:
+    """Raise WdlibError, naming the share, unless it is between 0 and 1."""
     for name, share in shares.items():
         if not 0 < share < 1:
             raise WdlibError(f"{name} {share} is not a share: give a number between 0 and 1")

@@ -37,6 +37,7 @@ from wdlib.lora.grid import (
     state,
 )
 from wdlib.lora.results import fingerprint_file, load_result
+from wdlib.lora.runs import Hyperparameters
 from wdlib.lora.scores import Evaluation
 from wdlib.spectra import workers
 
@@ -161,6 +162,13 @@ def test_the_cells_go_by_tier_then_seed(grid):
     assert {c.run.hyperparameters.steps for c in found} == {2}
 
 
+def test_a_list_of_rates_is_a_run_for_each(grid):
+    one, several = "learning_rate: 1.0e-3", "learning_rate: [2.0e-4, 1.0e-3, 3.0e-3]"
+    grid.write_text(grid.read_text().replace(one, several))
+    rates = [c.run.hyperparameters.learning_rate for c in cells(grid) if c.tier == "second"]
+    assert rates == [2e-4, 1e-3, 3e-3]  # 2e-4 is that of the entry without one, and once
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -207,7 +215,10 @@ def test_the_grid_of_the_project():
     first = [c for c in found if c.tier == "tier1"]
     assert len(first) == 16
     assert [c.run.init for c in first[:4]] == ["untrained", "default", "literal", "preserved"]
-    assert {c.tier for c in found if c.fingerprint} == {"tier1", "data"}
+    assert {c.tier for c in found if c.fingerprint} == {"tier1", "data", "fair-data"}
+    fair = [c.run.hyperparameters.learning_rate for c in found if c.tier == "fair"]
+    assert len(fair) == 5 * (6 + 6 + 5)
+    assert min(fair) < Hyperparameters().learning_rate < max(fair)
     by_data = [(c.run.data, c.run.seed) for c in found if c.tier == "data"]
     assert by_data == [(data, seed) for seed in (3407, 1, 2) for data in DATA]
     references = {c.run.characterisation() for c in found} - {None}
@@ -441,6 +452,31 @@ def test_other_data_than_that_of_the_results_is_refused(grid, places, monkeypatc
     with pytest.raises(WdlibError, match="'alpaca' is not the one that .* was trained on"):
         run_cell(cell, **places)
     assert state(cell, **places) == TO_DO
+
+
+@pytest.mark.usefixtures("asked", "copied")
+def test_a_machine_that_computes_differently_is_refused_before_it_trains(
+    grid, places, home, monkeypatch
+):
+    """Its trace is the untrained model's loss; what was trained elsewhere is not taken either."""
+    cell = cells(grid)[-1]
+    kept = places["results"] / f"{cell.run.key}.json"
+    report = json.loads(kept.read_text())
+    forget(cell, places)
+    for path in places["results"].glob("*.json"):
+        other = json.loads(path.read_text())
+        if other["step0"]:
+            other["step0"]["base_loss"] += 0.001
+            path.write_text(json.dumps(other))
+    there = {path: path.read_bytes() for path in places["results"].iterdir()}
+    here = f"{report['step0']['base_loss']:.5f} here"
+    with pytest.raises(WdlibError, match=f"computes differently .* {here}"):
+        run_cell(cell, data_folder=home / "data", **places)  # it is trained in the cache
+    shutil.rmtree(places["work"] / cell.run.key)
+    monkeypatch.setattr(training, "_fit", lambda *_, **__: pytest.fail("it was trained"))
+    with pytest.raises(WdlibError, match="computes differently"):
+        run_cell(cell, data_folder=home / "data", **places)
+    assert {path: path.read_bytes() for path in places["results"].iterdir()} == there
 
 
 @pytest.mark.usefixtures("asked", "copied")

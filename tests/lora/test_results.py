@@ -10,12 +10,21 @@ from tiny_lora import ARC, GPQA, LITERAL
 
 from wdlib import WdlibError, stats
 from wdlib.lora.benchmarks import Protocol
-from wdlib.lora.results import LOSS, MEASURES, CellResult, measured, paired
+from wdlib.lora.results import DRIFT, LOSS, MEASURES, CellResult, by_rate, measured, paired
 from wdlib.lora.runs import Hyperparameters, Run
 from wdlib.lora.scores import Evaluation
 
 
-def stored(right, *, losses=(3.0, 5.0), tokens=(1, 3), dtype="bfloat16", device="cpu", **hashes):
+def stored(
+    right,
+    *,
+    losses=(3.0, 5.0),
+    tokens=(1, 3),
+    dtype="bfloat16",
+    device="cpu",
+    untrained=None,
+    **hashes,
+):
     """A cell whose ARC answers are right where the list says so."""
     values = np.full((len(right), 1, 4), -2.0, np.float32)
     values[np.arange(len(right)), 0, np.where(right, 0, 3)] = -1.0
@@ -23,6 +32,7 @@ def stored(right, *, losses=(3.0, 5.0), tokens=(1, 3), dtype="bfloat16", device=
     after = {"sums": list(losses), "tokens": list(tokens)}
     report = {"held_out": {"after": after}, "hashes": {"data": "1", **hashes}, "dtype": "float32"}
     report["machine"] = {"device": device}
+    report["step0"] = {"base_loss": untrained} if untrained else None
     made = {"tasks": {ARC: {}, GPQA: {}}}
     return CellResult(report, Evaluation(Protocol((ARC,), dtype=dtype), {ARC: arc}, made))
 
@@ -113,6 +123,45 @@ def test_an_evaluation_on_another_device_does_not_pair():
     with pytest.raises(WdlibError, match="in the same way .data, tokens, device"):
         paired(found, "default", "pissa", "ARC")
     assert paired(found, "default", "pissa", LOSS) is not None
+
+
+def test_runs_of_machines_that_compute_differently_do_not_pair():
+    def compare(here, there):
+        found = {
+            Run(): stored([True], untrained=here),
+            Run(init="pissa"): stored([False], untrained=there),
+        }
+        return paired(found, "default", "pissa", LOSS)
+
+    assert compare(1.75, 1.75 + DRIFT / 2) is not None
+    assert compare(1.75, None) is not None
+    with pytest.raises(WdlibError, match="is 1.75000 on one and 1.75100 on another"):
+        compare(1.75, 1.751)
+
+
+def at_rate(rate, **settings):
+    return Run(hyperparameters=Hyperparameters(learning_rate=rate), **settings)
+
+
+def test_starts_that_were_run_at_several_rates_are_found():
+    rates = (1e-4, 2e-4, 1e-3)
+    found = {at_rate(r, seed=7): stored([], losses=(1e3 * r, 3.0)) for r in rates[::-1]}
+    found |= {at_rate(2e-4, seed=3): stored([], losses=(5.0, 3.0))}
+    found |= {at_rate(r, **LITERAL, seed=7): stored([], losses=(1.0, 1.0)) for r in rates}
+    found |= {
+        at_rate(r, init="pissa", seed=s): stored([]) for r, s in zip(rates, (1, 2, 3), strict=True)
+    }
+    found |= {at_rate(r, b_scale=0.1, seed=9, **LITERAL): stored([]) for r in rates}
+    found |= {Run(init="untrained"): stored([])}
+    sweeps = by_rate(found)
+    assert list(sweeps) == ["default", Run(**LITERAL).variant]
+    sweep = sweeps["default"]
+    assert (sweep.rates, sweep.seeds, sweep.losses.shape) == (rates, (3, 7), (3, 2, 2))
+    assert_allclose(sweep.losses[:, 1].mean(1), [3.1 / 4, 3.2 / 4, 4.0 / 4])
+    assert_allclose(sweep.common, sweep.losses[:, 1])
+    assert np.isnan(sweep.losses[[0, 2], 0]).all()
+    assert_allclose(sweep.losses[1, 0].mean(), 8 / 4)
+    assert by_rate(found, least=4) == {}
 
 
 def test_runs_that_a_variant_does_not_tell_apart_are_refused():

@@ -64,3 +64,4 @@ def test_a_variant_is_what_differs_beside_seed_model_and_data():
     h = Hyperparameters(learning_rate=6e-4, rank=64)
     varied = Run(**LITERAL, b_scale=0.3, hyperparameters=h)
     assert varied.variant == "literal qwen2.5-coder-0.5b-instruct lr0.0006 r64 b0.3"
+    assert Run(hyperparameters=Hyperparameters(steps=240)).variant == "default steps240"

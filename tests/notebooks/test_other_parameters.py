@@ -165,7 +165,7 @@ def files(folder):
     return [file for file in folder.rglob("*") if file.is_file()]
 
 
-@pytest.mark.parametrize("path", [NOTEBOOKS[0], NOTEBOOKS[-1]], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [NOTEBOOKS[0], NOTEBOOKS[12]], ids=lambda path: path.stem)
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [

@@ -87,17 +87,54 @@ def test_a_forest_fills_only_what_stands_after_correction():
     ]
 
 
-def test_sensitivity_is_a_line_through_the_means_of_the_seeds():
+def test_a_table_of_differences_is_text():
+    row = {"estimate": 0.01234, "low": -0.1, "high": 0.2, "holm": 0.004, "detectable": 0.25}
+    rows = [row | {"seeds": 3}, row | {"holm": 0.5, "seeds": 1}]
+    text = lora.difference_table(pd.DataFrame(rows, index=["a", "b"]))
+    assert list(text.loc["a"]) == ["+0.0123", "[-0.1000, +0.2000]", "< 0.01", "0.250", 3]
+    assert text.loc["b", "p, Holm"] == "0.50"
+
+
+def test_losses_by_rate_are_lines_through_the_means_of_the_seeds():
     data = pd.DataFrame(
-        [("default", s, v, v * s) for s in (1, 3) for v in (0.3, 1.0, 3.0)],
-        columns=["start", "seed", "value", "loss"],
+        [("default", s, v, v * s) for s in (1, 3) for v in (1e-4, 6.67e-4, 1e-3)],
+        columns=["start", "seed", "rate", "loss"],
     )
     _, ax = plt.subplots()
-    lora.sensitivity(data, ax)
-    points, means = ax.lines[:2]
+    lora.loss_by_rate(data, ax, 2e-4)
+    template, points, means = ax.lines
+    assert list(template.get_xdata()) == [2e-4, 2e-4]
     assert len(points.get_xdata()) == 6
-    np.testing.assert_allclose(means.get_xydata(), [[0.3, 0.6], [1, 2], [3, 6]])
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.3", "1", "3"]
+    np.testing.assert_allclose(
+        means.get_xydata(), [[1e-4, 2e-4], [6.67e-4, 1.334e-3], [1e-3, 2e-3]]
+    )
+    labels = [label.get_text() for label in ax.get_xticklabels()]
+    assert labels == ["1.0e-4", "6.7e-4", "1.0e-3"]
+    assert ax.get_legend_handles_labels()[1] == ["default"]
+
+
+def test_rates_as_expected_lie_on_the_line_and_intervals_stay_in_the_frame():
+    data = pd.DataFrame(
+        {"start": ["default", "pissa"], "expected": [1e-3, 1e-4], "rate": [1e-3, 4e-4],
+         "low": [5e-4, 0], "high": [np.inf, 6e-4]}
+    )  # fmt: skip
+    _, ax = plt.subplots()
+    lora.expected_rates(data, ax)
+    intervals, points = ax.lines[0:4:2], ax.lines[1:4:2]
+    assert [list(p.get_xydata()[0]) for p in points] == [[1e-3, 1e-3], [1e-4, 4e-4]]
+    low, high = ax.get_ylim()
+    assert list(intervals[0].get_ydata()) == [5e-4, high]
+    assert list(intervals[1].get_ydata()) == [low, 6e-4]
+    diagonal = ax.lines[4].get_xydata()
+    np.testing.assert_allclose(diagonal[:, 0], diagonal[:, 1])
+
+
+def test_a_label_says_the_reference_in_short_and_the_rate():
+    assert lora.label("literal qwen2.5-coder-0.5b-instruct lr0.0006") == (
+        "literal ← Qwen 0.5B at rate 0.0006"
+    )
+    assert lora.label("literal other") == "literal other"
+    assert lora.start_look(lora.label("pissa lr6.67e-05")) == lora.start_look("pissa")
 
 
 def test_letter_shares_add_up():

@@ -7,10 +7,13 @@ one (`train`), its answers (`evaluate`), and a grid of such runs with their resu
 
 from wdlib.lora import (
     benchmarks,
+    comparison,
+    curvature,
     data,
     evaluation,
     grid,
     initialisation,
+    letters,
     measure,
     pretrained,
     results,
@@ -25,7 +28,7 @@ from wdlib.lora.runs import Hyperparameters, Run
 from wdlib.lora.training import train
 
 __all__ = [
-    "Hyperparameters", "LoraSettings", "Run", "attach", "benchmarks", "data", "evaluate",
-    "evaluation", "export", "grid", "initialisation", "measure", "pretrained", "reshape_",
-    "results", "runs", "scores", "train", "training",
+    "Hyperparameters", "LoraSettings", "Run", "attach", "benchmarks", "comparison", "curvature",
+    "data", "evaluate", "evaluation", "export", "grid", "initialisation", "letters", "measure",
+    "pretrained", "reshape_", "results", "runs", "scores", "train", "training",
 ]  # fmt: skip

@@ -5,9 +5,10 @@ import logging
 import platform
 import sys
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import Any, TypeVar
 
-from wdlib import WdlibError
+from wdlib import WdlibError, __version__
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -49,6 +50,16 @@ def machine() -> dict[str, Any]:
         "device name": name,
         "processes": state.num_processes,
         "threads": torch.get_num_threads(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every package that has a say in a run."""
+    packages = ("torch", "transformers", "peft", "accelerate", "numpy", "tokenizers")
+    return {
+        "python": platform.python_version(),
+        "wdlib": __version__,
+        **{name: metadata.version(name) for name in packages},
     }
 
 

@@ -25,6 +25,7 @@ from wdlib.checkpoints.catalogue import catalogue_model
 from wdlib.fingerprints import record
 from wdlib.fingerprints.record import Fingerprint
 from wdlib.lora import adapters, data, devices, evaluation, pretrained, scores, training
+from wdlib.lora import results as results_of
 from wdlib.lora.adapters import adapted_sites
 from wdlib.lora.benchmarks import TASKS, Protocol
 from wdlib.lora.measure import relative_norms
@@ -73,9 +74,10 @@ def cells(path: str | Path = GRID) -> tuple[Cell, ...]:
     """The cells of a grid file in their order.
 
     The file has `tiers`, from a name to `seeds`, `evaluation` (fields of `Protocol`; `tasks: []`
-    for none), `runs` (fields of `Run`, beside hyperparameters by their own names) and, if it is
-    wanted, `fingerprint: true`; and `defaults` for all runs. A tier's cells go by seed, so that the
-    runs of one seed can be compared early. A run that does not depend on the seed is one cell.
+    for none), `runs` (fields of `Run`, beside hyperparameters by their own names; a list of
+    learning rates is a run for each) and, if it is wanted, `fingerprint: true`; and `defaults` for
+    all runs. A tier's cells go by seed, so that the runs of one seed can be compared early. A run
+    that does not depend on the seed is one cell.
     Raises: WdlibError, naming the file, for what is no such grid.
     """
     import yaml
@@ -123,11 +125,20 @@ def _expand(grid: _Grid) -> Iterator[Cell]:
     for name, tier in grid.tiers.items():
         seen = set()
         for seed in tier.seeds:
-            for given in tier.runs:
+            for given in (one for runs in tier.runs for one in _at_each_rate(runs)):
                 run = _run({**grid.defaults, **given}, seed)
                 if run.key not in seen:
                     seen.add(run.key)
                     yield Cell(name, run, tier.evaluation, tier.fingerprint)
+
+
+def _at_each_rate(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The runs that one entry of a file stands for."""
+    rates = given.get("learning_rate")
+    if not isinstance(rates, list):
+        yield given
+        return
+    yield from ({**given, "learning_rate": rate} for rate in rates)
 
 
 def _check_protocols(every: Sequence[Cell]) -> None:
@@ -303,10 +314,7 @@ def _check_comparable(run: Run, data_folder: str | Path | None, results: Path) -
     Before anything is trained; the data for runs on the same data, the device for all of a model.
     """
     digest = data.data_hash(data.examples(run.data, folder=data_folder))
-    for path in results.glob("*.json"):
-        if path.name.endswith(".fingerprint.json"):
-            continue
-        known = read_report(path)
+    for known in results_of.reports(results):
         configuration = known["configuration"]
         if configuration["data"] == run.data and known["hashes"]["data"] != digest:
             raise WdlibError(
@@ -326,8 +334,14 @@ def _run_locked(cell: Cell, data_folder: str | Path | None, results: Path, work:
         return "was finished"
     begun = time.perf_counter()
     _check_comparable(cell.run, data_folder, results)
-    folder = training.train(cell.run, work / cell.run.key, data_folder=data_folder)
+
+    def check(start: dict[str, Any]) -> None:
+        results_of.check_arithmetic(cell.run, start, training.dtype(cell.run), results)
+
+    place = work / cell.run.key
+    folder = training.train(cell.run, place, data_folder=data_folder, check=check)
     report = read_report(folder / "result.json")
+    check(report)
     devices.check_kind(devices.kind(report["machine"]), what=f"the run in {folder}", remedy=_APART)
     adapter = report["hashes"]["adapter"]
     if stored and stored.report["hashes"]["adapter"] != adapter:

@@ -1,8 +1,9 @@
 """What finished cells of a grid say."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from wdlib.fingerprints import record
 from wdlib.fingerprints.record import Fingerprint
 from wdlib.lora import devices, scores
 from wdlib.lora.benchmarks import TASKS
-from wdlib.lora.runs import UNTRAINED, Run
+from wdlib.lora.runs import UNTRAINED, Hyperparameters, Run
 from wdlib.lora.scores import Evaluation, Scores, correct, debiased
 
 RESULTS = paths.OWN_RESULTS / "experiments"
@@ -67,6 +68,35 @@ def read_report(path: Path) -> dict[str, Any]:
     what = f"{path} does not hold {what}"
     paths.parse_json(json.dumps(found), _Report, what=what, remedy=remedy, others="ignore")
     return found
+
+
+def reports(folder: Path) -> Iterator[dict[str, Any]]:
+    """What training reports of every finished cell of a folder. Raises: as `read_report`."""
+    for path in folder.glob("*.json"):
+        if not path.name.endswith(".fingerprint.json"):
+            yield read_report(path)
+
+
+def check_arithmetic(run: Run, start: Mapping[str, Any], dtype: str, folder: Path) -> None:
+    """Refuse a run whose untrained model has another loss than in the results of a folder.
+
+    Two processors can round bfloat16 differently, by as much as two starts differ.
+
+    Arguments: start, as of `untrained_loss`; dtype, of the frozen weights.
+    Raises: WdlibError, naming both losses.
+    """
+    here = untrained_loss(start)
+    for known in reports(folder):
+        configuration, there = known["configuration"], untrained_loss(known)
+        known_by = (configuration["model"], configuration["data"], known["dtype"])
+        if here is None or there is None or known_by != (run.model, run.data, dtype):
+            continue
+        if abs(here - there) > DRIFT:
+            raise WdlibError(
+                f"this machine computes differently from that of {known['key']} in {folder}: the "
+                f"untrained model's loss is {here:.5f} here and {there:.5f} there; give the "
+                "results a folder of their own (--results), or go on on a machine like that one"
+            )
 
 
 @dataclass(frozen=True)
@@ -141,6 +171,10 @@ def fingerprint_file(run: Run, results: Path) -> Path:
 
 LOSS = "held-out loss"
 
+DRIFT = 2e-4
+"""Nats per token by which the untrained model's loss may differ between runs that are compared. Two
+kinds of processor that both compute in bfloat16 moved it by twenty times as much."""
+
 _GPQA, _ARC, _HELLASWAG = TASKS
 
 _SCORES: dict[str, tuple[str, Callable[[Scores], np.ndarray]]] = {
@@ -163,24 +197,36 @@ orders that were evaluated; "debiased", the same without what a letter is worth 
 class _Row:
     """Scores of one cell, (items,), the items by hashes or lengths, and how they were measured.
 
-    tokens: hash of the held-out tokens; None of runs that were stored before it was.
+    tokens: hash of the held-out tokens; None of runs that were stored before it was. untrained: of
+    `untrained_loss`.
     """
 
     values: np.ndarray
     items: Sequence[Any] | np.ndarray
     setting: tuple[Any, ...]
     tokens: str | None
+    untrained: float | None
+
+
+def untrained_loss(start: Mapping[str, Any]) -> float | None:
+    """The loss of the model without its adapter, which bears witness to a machine's arithmetic.
+
+    It is computed alike by all runs with an adapter on one model and data set (`measure.step0`).
+    Arguments: start, a report or what is measured before training; None where it was not.
+    """
+    step0 = start.get("step0") or {}
+    return step0.get("base_loss")
 
 
 def _row(stored: CellResult, measure: str) -> _Row | None:
     """None where it was not measured."""
     hashes, device = stored.report["hashes"], devices.kind(stored.report["machine"])
-    tokens = hashes.get("held-out tokens")
+    told = hashes.get("held-out tokens"), untrained_loss(stored.report)
     if measure == LOSS:
         after = stored.report["held_out"]["after"]
         parts = stats.ratio_parts(after["sums"], after["tokens"])
         made = (device, hashes["data"], stored.report["dtype"], len(parts))
-        return _Row(parts, after["tokens"], made, tokens)
+        return _Row(parts, after["tokens"], made, *told)
     task, score = _SCORES[measure]
     found, protocol = stored.evaluation.scores.get(task), stored.evaluation.protocol
     if found is None:
@@ -189,7 +235,7 @@ def _row(stored: CellResult, measure: str) -> _Row | None:
     # Evaluations that were stored before they named their device are of a CPU.
     evaluated = _device_of(stored.evaluation.made.get("tasks"), task) or "cpu"
     setting = (device, evaluated, protocol.dtype, protocol.seed, orders)
-    return _Row(score(found).astype(float), found.items, setting, tokens)
+    return _Row(score(found).astype(float), found.items, setting, *told)
 
 
 def _device_of(tasks: Any, task: str) -> str | None:
@@ -229,6 +275,60 @@ def paired(
     return both[: len(one)], both[len(one) :]
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Losses of one start over learning rates, as `by_rate` finds them.
+
+    rates: rising. seeds: rising, those of all starts that were found together. losses: (rates,
+    seeds, items) float64, nan where a rate was not run with a seed.
+    """
+
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    losses: np.ndarray
+
+    @property
+    def common(self) -> np.ndarray:
+        """(rates, items): means over the seeds with which every rate was run."""
+        return self.losses[:, ~np.isnan(self.losses).any((0, 2))].mean(1)
+
+
+def by_rate(found: Mapping[Run, CellResult], *, least: int = 3) -> dict[str, Sweep]:
+    """Held-out losses of the starts that were run at several learning rates, by their variant.
+
+    Arguments: found, runs of one model and data set, of which those count that are as by default
+    but for start, seed and rate; least, rates that a start has been run at, with one seed.
+    Raises: WdlibError for runs that were not measured on the same items in the same way.
+    """
+    usual = Hyperparameters()
+    rows: dict[str, dict[tuple[int, float], _Row]] = {}
+    for run, stored in found.items():
+        rate = run.hyperparameters.learning_rate
+        plain = replace(run.hyperparameters, learning_rate=usual.learning_rate)
+        row = _row(stored, LOSS)
+        if run.init != UNTRAINED and (plain, run.b_scale) == (usual, 1) and row is not None:
+            variant = replace(run, hyperparameters=usual).variant
+            rows.setdefault(variant, {})[run.seed, rate] = row
+    swept = {v: part for v, part in rows.items() if _most_common(s for s, _ in part) >= least}
+    seeds = tuple(sorted({seed for part in swept.values() for seed, _ in part}))
+    every = [row for part in swept.values() for row in part.values()]
+    losses = iter(_stacked(every) if every else ())
+    return {v: _sweep({at: next(losses) for at in part}, seeds) for v, part in swept.items()}
+
+
+def _most_common(values: Iterable[int]) -> int:
+    """How often the most frequent value is there."""
+    return max(Counter(values).values(), default=0)
+
+
+def _sweep(losses: Mapping[tuple[int, float], np.ndarray], seeds: tuple[int, ...]) -> Sweep:
+    """From the losses at a seed and rate, (items,) each."""
+    rates = tuple(sorted({rate for _, rate in losses}))
+    absent = np.full_like(next(iter(losses.values())), np.nan)
+    rows = [[losses.get((seed, rate), absent) for seed in seeds] for rate in rates]
+    return Sweep(rates, seeds, np.array(rows))
+
+
 def _stacked(rows: Sequence[_Row]) -> np.ndarray:
     """(rows, items): the first items, which all of these rows were measured on."""
     items = min(len(row.values) for row in rows)
@@ -237,6 +337,13 @@ def _stacked(rows: Sequence[_Row]) -> np.ndarray:
         raise WdlibError(
             "these runs were not measured on the same items in the same way (data, tokens, device, "
             "data type, order of the options): run them again alike, or leave some out"
+        )
+    untrained = [row.untrained for row in rows if row.untrained is not None]
+    if untrained and max(untrained) - min(untrained) > DRIFT:
+        raise WdlibError(
+            "these runs were made on machines that compute differently: the untrained model's loss "
+            f"is {min(untrained):.5f} on one and {max(untrained):.5f} on another; run them again "
+            "on one machine, or leave some out"
         )
     return np.array([row.values[:items] for row in rows])
 

@@ -105,7 +105,10 @@ class Run:
     @property
     def variant(self) -> str:
         """What is compared, whatever the seed, model and data: "literal qwen lr0.0006", say."""
-        return " ".join(filter(None, [self.init, self.reference, *self._changed_settings()]))
+        steps = self.hyperparameters.steps
+        longer = f"steps{steps}" if steps != Hyperparameters.steps else None  # keys go without it
+        named = [self.init, self.reference, *self._changed_settings(), longer]
+        return " ".join(filter(None, named))
 
     @property
     def key(self) -> str:

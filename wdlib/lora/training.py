@@ -10,20 +10,18 @@ moment continues at its last whole checkpoint; a finished one is not repeated.
 
 import json
 import logging
-import platform
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wdlib import WdlibError, __version__, characterise, paths
+from wdlib import WdlibError, characterise, paths
 from wdlib.checkpoints import files
 from wdlib.lora import data, devices, initialisation, pretrained
 from wdlib.lora.adapters import ADAPTER, LoraSettings, export
@@ -71,11 +69,13 @@ def train(
     *,
     data_folder: str | Path | None = None,
     save_every: int = SAVE_EVERY,
+    check: Callable[[dict[str, Any]], None] | None = None,
 ) -> Path:
     """Train one adapter, or go on where an earlier call was stopped; a finished run is left alone.
 
     Arguments: folder, of this run alone; data_folder, as `folder` of `examples`; save_every, steps
-    between checkpoints.
+    between checkpoints; check, called before the first step with what was measured until then, the
+    fields of `results.Start`, to refuse the run.
     Returns: folder, in which there are now
         adapter/     an ordinary LoRA adapter of the untouched base model (none for "untrained");
         state/       Trainer's own account of the run;
@@ -104,13 +104,13 @@ def train(
     if run.init == UNTRAINED:
         outcome = _measure_untrained(run, model, tokens, folder)
     else:
-        outcome = _train_adapter(run, model, tokens, folder, save_every)
+        outcome = _train_adapter(run, model, tokens, folder, save_every, check)
     if state.is_main_process:
         characterisation = run.characterisation()
         content = {
             "key": run.key,
             "configuration": asdict(run),
-            "dtype": _dtype(run),
+            "dtype": dtype(run),
             "data": {"examples": len(rows), **tokens.counts()},
             "held_out": {"before": outcome.start["held_out"], "after": outcome.after},
             "step0": outcome.start["step0"],
@@ -124,7 +124,7 @@ def train(
                 "adapter": outcome.adapter and paths.file_sha256(outcome.adapter),
             },
             "initialisation": outcome.report and asdict(outcome.report),
-            "versions": versions(),
+            "versions": devices.versions(),
             "machine": {**devices.machine(), "micro_batches": outcome.micro_batches},
             "seconds": {
                 "preparation": outcome.ready - begun,
@@ -196,7 +196,7 @@ def _tokens(run: Run, rows: Sequence[Example], tokenizer: "PreTrainedTokenizerBa
     return _RunTokens(to_train, held_out, ordered)
 
 
-def _dtype(run: Run) -> str:
+def dtype(run: Run) -> str:
     """The data type of the frozen weights on this machine."""
     asked = run.hyperparameters.dtype
     return devices.native_dtype() if asked == "auto" else asked
@@ -205,7 +205,7 @@ def _dtype(run: Run) -> str:
 def _measure_untrained(
     run: Run, model: "PreTrainedModel", tokens: _RunTokens, folder: Path
 ) -> _Outcome:
-    _cast(model.parameters(), _dtype(run))
+    _cast(model.parameters(), dtype(run))
     start = _measured_once(
         folder / _START, lambda: {"held_out": held_out_loss(model, tokens.held_out), "step0": None}
     )
@@ -213,7 +213,12 @@ def _measure_untrained(
 
 
 def _train_adapter(
-    run: Run, base: "PreTrainedModel", tokens: _RunTokens, folder: Path, save_every: int
+    run: Run,
+    base: "PreTrainedModel",
+    tokens: _RunTokens,
+    folder: Path,
+    save_every: int,
+    check: Callable[[dict[str, Any]], None] | None,
 ) -> _Outcome:
     """Attach, measure, train, measure again, and export to `folder`/adapter."""
     h, reference = run.hyperparameters, run.characterisation()
@@ -228,7 +233,7 @@ def _train_adapter(
     )
     _cast(
         (p for n, p in model.named_parameters() if not (p.requires_grad or ".lora_" in n)),
-        _dtype(run),
+        dtype(run),
     )
 
     def measure() -> dict[str, Any]:
@@ -239,6 +244,8 @@ def _train_adapter(
         return {"held_out": held_out, "step0": asdict(step0(model, batch))}
 
     start = _measured_once(folder / _START, measure)
+    if check:
+        check(start)
     ready = time.perf_counter()
     curve, sizes = _fit(model, tokens.ordered, run, folder=folder, save_every=save_every)
     after = held_out_loss(model, tokens.held_out)
@@ -480,16 +487,6 @@ def _last_whole(folder: Path) -> str | None:
             _log.warning("%s is not whole and is removed: the run goes on before it", path)
             shutil.rmtree(path, ignore_errors=True)
     return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of every package that has a say in a run."""
-    packages = ("torch", "transformers", "peft", "accelerate", "numpy", "tokenizers")
-    return {
-        "python": platform.python_version(),
-        "wdlib": __version__,
-        **{name: metadata.version(name) for name in packages},
-    }
 
 
 def _model_facts(checkpoint: files.Checkpoint) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Reshaped LoRA: starts, training, evaluation."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,20 @@ START_LOOKS = {
     for number, (name, color) in enumerate(_START_COLORS.items())
 }
 """Colour, dashes and marker by initialisation."""
+
+
+_BRIEF = {
+    "qwen2.5-coder-0.5b-instruct": "← Qwen 0.5B",
+    "gemma-3-270m": "← Gemma 270M",
+    "smollm2-135m-instruct": "← SmolLM2",
+}
+"""References as figures call them."""
+
+
+def label(variant: str) -> str:
+    """A variant of `lora.Run` as figures and tables call it, which still begins with its start."""
+    words = (re.sub(r"^lr(?=[\d.])", "at rate ", word) for word in variant.split())
+    return " ".join(_BRIEF.get(word, word) for word in words)
 
 
 def start_look(variant: str) -> dict[str, Any]:
@@ -155,6 +170,15 @@ def forest(data: pd.DataFrame, ax: Axes) -> Axes:
     return _rows_around_zero(data.variant, ax)
 
 
+def difference_table(data: pd.DataFrame) -> pd.DataFrame:
+    """Differences as text, with the index of the table: columns as of `stats.Difference`, holm."""
+    interval = [f"[{low:+.4f}, {high:+.4f}]" for low, high in zip(data.low, data.high, strict=True)]
+    text = pd.DataFrame({"difference": data.estimate.map("{:+.4f}".format), "95 %": interval})
+    text["p, Holm"] = ["< 0.01" if p < 0.01 else f"{p:.2f}" for p in data.holm]
+    text["seen"], text["seeds"] = data.detectable.map("{:.3f}".format), data.seeds
+    return text.set_index(data.index)
+
+
 def _rows_around_zero(labels: Sequence[str], ax: Axes) -> Axes:
     """Name the rows of an axes, the first at the top, and mark zero."""
     ax.axvline(0, color=INK, lw=0.6)
@@ -164,19 +188,39 @@ def _rows_around_zero(labels: Sequence[str], ax: Axes) -> Axes:
     return ax
 
 
-def sensitivity(data: pd.DataFrame, ax: Axes) -> Axes:
-    """A loss against one setting on a log axis: columns start, seed, value, loss.
+def loss_by_rate(data: pd.DataFrame, ax: Axes, template: float) -> Axes:
+    """Held-out loss against the learning rate: columns start, seed, rate, loss.
 
-    A point per seed, and a line through the means of each start.
+    A point per seed, and a line through the means of each start; a vertical line at the papers'
+    rate, `template`.
     """
+    ax.axvline(template, color=GREY, lw=1, ls="--", zorder=0)
     for start, rows in data.groupby("start", sort=False):
-        ax.plot(rows.value, rows.loss, ms=3.5, alpha=0.6, mew=0, **_points(start))
-        ax.plot(rows.groupby("value").loss.mean(), lw=1.4, ms=5, label=start, **start_look(start))
-    ax.axhline(0, color=INK, lw=0.6)
-    values = sorted(set(data.value))
+        ax.plot(rows.rate, rows.loss, ms=4, alpha=0.6, mew=0, **_points(start))
+        ax.plot(rows.groupby("rate").loss.mean(), lw=1.3, label=start, **_line(start))
+    rates = sorted(set(data.rate))
     ax.set_xscale("log")
-    ax.set_xticks(values, [f"{value:g}" for value in values])
+    ax.set_xticks(rates, [f"{rate:.1e}".replace("e-0", "e-") for rate in rates], rotation=45)
     ax.minorticks_off()
+    ax.set(xlabel="learning rate", ylabel="held-out loss, nats per token")
+    return ax
+
+
+def expected_rates(data: pd.DataFrame, ax: Axes) -> Axes:
+    """Best rates that were found against those expected: columns start, expected, rate, low, high.
+
+    Intervals are cut at the frame; on the line a start's best rate is the expected one.
+    """
+    both = pd.concat([data.expected, data.rate])
+    ends = both.min() / 2, both.max() * 2
+    for row in data.itertuples():
+        points = _points(row.start)
+        interval = np.clip([row.low, row.high], *ends)
+        ax.plot([row.expected] * 2, interval, color=points["color"], lw=1.2)
+        ax.plot(row.expected, row.rate, ms=6, label=row.start, **points)
+    ax.plot(ends, ends, color=INK, lw=0.8, zorder=0)
+    ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    ax.set(xlabel="expected from the curvature", ylabel="best rate found")
     return ax
 
 
