@@ -104,9 +104,9 @@ class Independence:
     screen: (places of A, places of B) float64, share of sampled neurons whose nearest ones by two
     matrices are the same neuron. log10_order, log10_agreement: over all layers, times the number of
     tests (Bonferroni, since layers of one model are not independent). log10_fisher: Fisher's
-    combination of `log10_spearman` over layers, as arXiv 2502.12292 has it. cka: mean of the unbiased CKA of
-    W_q and W_k over matched layers, NaN where it cannot be had. alignments: name -> mean cosine of
-    the embeddings. untested: what could not be tested, and why.
+    combination of `log10_spearman` over layers, as arXiv 2502.12292 has it. cka: mean of the
+    unbiased CKA of W_q and W_k over matched layers, NaN where it cannot be had. alignments: name ->
+    mean cosine of the embeddings. untested: what could not be tested, and why.
     """
 
     a: str
