@@ -149,7 +149,7 @@ def written(folder, made):
     named = {tiny.llama_name(*key): W for key, W in made.items() if key != "embedding"}
     named["model.embed_tokens.weight"] = made["embedding"]
     save_file(
-        {name: np.ascontiguousarray(W) for name, W in named.items()}, folder / "m.safetensors"
+        {name: np.ascontiguousarray(W) for name, W in named.items()}, folder / "model.safetensors"
     )
     return folder
 
@@ -265,6 +265,17 @@ def test_what_cannot_be_tested_is_said(tmp_path):
     assert other.finding == "a and b cannot be compared neuron by neuron"
     assert "the widths differ, 32 and 24" in other.untested[0]
     assert "attention: hidden states of other widths" in other.untested[1]
+
+
+def test_without_an_embedding_models_of_one_width_are_compared_as_they_are(tmp_path):
+    a = written(tmp_path / "a", tensors(0))
+    tiny.rewrite(written(tmp_path / "b", tensors(0)), lambda t: {
+        name: W for name, W in t.items() if "embed" not in name
+    })  # fmt: skip
+    found = compare(a, tmp_path / "b")
+    assert found.is_related
+    assert list(found.alignments) == ["none"]
+    assert "an embedding is lacking" in found.untested[0]
 
 
 def test_experts_are_places_of_their_own(tmp_path):
