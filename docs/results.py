@@ -259,11 +259,11 @@ OURS = (
         figure="13_orders",
     ),
     Row(
-        says="Whose copy is a checkpoint?",
-        notebook="10",
-        found=r"copies, largest\|([\d.]+)\|\n\d+ others, smallest\|([\d.]+)\|",
-        words="copies differ by {0} at most, others by {1} or more",
-        figure="10_identification",
+        says="Is a copy in disguise recognised?",
+        notebook="14",
+        found=r"\ninvariants\|(\d+)%\|(\d+)%\|",
+        words="{1} % where the function is unchanged, {0} % of all relatives",
+        figure="14_recognised",
     ),
     Row(
         says="Do characterisations agree between models?",
