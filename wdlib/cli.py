@@ -212,6 +212,8 @@ def _fingerprint(options: argparse.Namespace) -> int:
     from wdlib.fingerprints import record
     from wdlib.fingerprints.ancestors import identify, report
 
+    if options.out and options.out.suffix not in (".png", ".svg", ".pdf"):
+        raise WdlibError(f"{options.out} is no picture: let it end in .png, .svg or .pdf")
     if options.out and len(options.models) > 2:
         raise WdlibError("--out draws one model or one pair: give one or two models")
     size = {"rank": options.rank, "k": options.clusters}

@@ -182,3 +182,35 @@ def test_what_was_rewritten_and_which_layers_are_from_where_is_said(saved):
     (seen,) = identify(record.compute(saved("stacked", stacked), rank=8, k=3), [known])
     assert "  layers: 0-3 from 0-3, 4-8 from 1-5" in verdict([seen])
     assert "9 of 9" in report(known, [seen])
+
+
+def test_two_checkpoints_are_decided_and_drawn(saved, capsys, house):
+    weights = tiny.falling_llama(0)
+    one, two = saved("one", weights), saved("two", requantised(weights, "Q8_0"))
+    stranger = saved("stranger", tiny.falling_llama(5))
+    picture = house / "pair.png"
+    pair = ["--rank", "8", "--clusters", "3"]
+    assert cli.main(["fingerprint", str(two), str(one), *pair, "--out", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "made from one, or both from one model: 6 of 6 layers are recognised" in out
+    assert "two and one are related: 6 of 6 layers" in out
+    assert f"wrote {picture}" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["fingerprint", str(stranger), str(one), *pair]) == 1
+    out = capsys.readouterr().out
+    assert "no relative among the layers of one" in out
+    assert "Nothing shows that stranger and one are related" in out
+
+
+def test_a_picture_of_one_model_shows_its_nearest_known_one(saved, capsys, house):
+    known, copy = (saved(name, tiny.falling_llama(0)) for name in ("known", "copy"))
+    cli.main(["fingerprint", str(known), "--rank", "8"])
+    picture = house / "layers.svg"
+    assert cli.main(["fingerprint", str(copy), "--rank", "8", "--out", str(picture)]) == 0
+    assert b"<svg" in picture.read_bytes()
+    wrong = ["fingerprint", str(copy), "--rank", "8", "--out", str(house / "layers.doc")]
+    assert cli.main(wrong) == 2
+    assert "let it end in .png, .svg or .pdf" in capsys.readouterr().err
+    three = ["fingerprint", *[str(known)] * 3, "--out", str(picture)]
+    assert cli.main(three) == 2
+    assert "give one or two models" in capsys.readouterr().err

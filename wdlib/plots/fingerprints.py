@@ -318,15 +318,13 @@ def nearness(relation: Relation, ax: Axes, *, names: tuple[str, str]) -> Axes:
 def picture_of_pair(
     path: Path, model: str, seen: Neighbour, tested: Independence | None = None
 ) -> Path:
-    """Write a picture of two models, layer against layer, whose kind is the end of its name.
+    """Write a picture of two models, layer against layer: a png, svg or pdf by the path's end.
 
     Shares of matched neurons where the checkpoints were tested, the nearness of their records
     otherwise.
 
-    Raises: WdlibError for a kind that is no picture's, and where there is nothing to draw.
+    Raises: WdlibError where there is nothing to draw.
     """
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise WdlibError(f"{path} is no name of a picture: let it end in .png, .svg or .pdf")
     fig, ax = plt.subplots(figsize=(6.4, 5.4))
     if tested is not None and tested.places_a:
         layer_against_layer(tested.screen, ax, names=(tested.a, tested.b))
