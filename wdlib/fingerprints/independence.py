@@ -331,14 +331,13 @@ def layer_test(
     agree = {(x, y): int((found[x] == found[y]).sum()) for x, y in combinations(names, 2)}
     pair = max(agree, key=lambda names: agree[names])
     bound = max(UNIVERSAL[alignment], 1 / n)
-    tails = (
-        matching.log10_binomial_tail(agree[pair], m, bound),
-        matching.log10_tail(agree[pair], m, n),
-    )
+    agreement = matching.log10_binomial_tail(agree[pair], m, bound)
+    chance = matching.log10_tail(agree[pair], m, n)
     return LayerTest(
         *places, alignment, m, agree[pair] / m, pair, in_place,
         matching.log10_bonferroni(orders, len(orders)),
-        *(matching.log10_bonferroni([tail], len(agree)) for tail in tails),
+        matching.log10_bonferroni([agreement], len(agree)),
+        matching.log10_bonferroni([chance], len(agree)),
         matching.log10_spearman(found[names[0]], found[names[1]]),
     )  # fmt: skip
 
