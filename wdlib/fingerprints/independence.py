@@ -155,8 +155,8 @@ class Independence:
         """The result in words, a line for each thing."""
         lines = [self.finding]
         if self.layers:
-            lines.append(f"  order of the neurons: p = {_power(self.log10_order)}")
-            lines.append(f"  matchings that agree: p = {_power(self.log10_agreement)}")
+            lines.append(f"  order of the neurons (exact): p = {_power(self.log10_order)}")
+            lines.append(f"  matchings agree (measured bound): p = {_power(self.log10_agreement)}")
             lines.append(f"  rank correlation (arXiv 2502.12292): p = {_power(self.log10_fisher)}")
         if np.isfinite(self.cka):
             lines.append(f"  CKA of queries and keys (arXiv 2510.06738): {self.cka:.2f}")
@@ -343,6 +343,7 @@ def layer_test(
     pair = max(agree, key=lambda names: agree[names])
     bound = max(UNIVERSAL[alignment], 1 / n)
     agreement = matching.log10_binomial_tail(agree[pair], m, bound)
+    chance = matching.log10_tail(agree[pair], m, n)
     return LayerTest(
         *places,
         alignment,
@@ -352,9 +353,7 @@ def layer_test(
         in_place,
         log10_order=matching.log10_bonferroni(orders, len(orders)),
         log10_agreement=matching.log10_bonferroni([agreement], len(agree)),
-        log10_chance=matching.log10_bonferroni(
-            [matching.log10_tail(agree[pair], m, n)], len(agree)
-        ),
+        log10_chance=matching.log10_bonferroni([chance], len(agree)),
         log10_spearman=matching.log10_spearman(found[names[0]], found[names[1]]),
     )
 
