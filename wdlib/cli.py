@@ -387,7 +387,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command("stored", _stored, text, "", " gemma-3-270m=path/to/gemma")
     add("sources", metavar="MODEL=SOURCE", nargs="*", type=_source, help=weights)
 
-    text = "what model a checkpoint is made from, and its two vectors"
+    text = "what a checkpoint is made from; exit status: 0 a relative, 1 none, 2 it failed"
     examples = (" path/to/checkpoint", " suspect.gguf path/to/original --out pair.png")
     add = command("fingerprint", _fingerprint, text, *examples)
     which = f"{what}; two: is the first made from the second?"
