@@ -1,6 +1,6 @@
 """The suspects of the benchmark of identification: three decoders, disguised, and their records.
 
-Of Qwen every third layer is taken, and of all three the first 16384 tokens. Nothing is run by this
+Every second layer is taken (of Qwen every third), and the first 16384 tokens. Nothing is run by this
 script; identification.py imports it.
 """
 
@@ -25,7 +25,7 @@ from wdlib.lora import pretrained
 Decoder = decoder.Decoder
 
 FULL = checkpoints.DEFAULT
-DECODERS = {FULL: 1, "gemma-3-270m": 1, "qwen2.5-coder-0.5b-instruct": 3}
+DECODERS = {FULL: 2, "gemma-3-270m": 2, "qwen2.5-coder-0.5b-instruct": 3}
 """The models that are disguised, the first with all strengths; every so many layers are taken."""
 
 OTHERS = ("qwen2.5-coder-1.5b-instruct", "all-minilm-l6-v2", "all-mpnet-base-v2")
@@ -166,10 +166,10 @@ def further() -> Iterator[Case]:
         kind = TRAINED if is_relative else APART
 
         def plain(_: Decoder, name: str = name) -> Decoder:
-            return _cut(relatives.load(name), 1)
+            return _cut(relatives.load(name), DECODERS[FULL])
 
         def disguised(_: Decoder, name: str = name) -> Decoder:
-            return disguises.everything(_cut(relatives.load(name), 1))
+            return disguises.everything(_cut(relatives.load(name), DECODERS[FULL]))
 
         yield Case(name, "", kind, plain, False)
         yield Case(f"everything, {name}", "", kind, disguised, False)
