@@ -253,7 +253,8 @@ def _decide(options: argparse.Namespace, found: "Sequence[Fingerprint]") -> bool
 
     seen = ancestors.neighbour(*found)
     tested = independence.compare(*options.models)
-    for kind, lines in (("records", ancestors.verdict([seen])), ("weights", tested.told())):
+    known = ancestors.verdict([seen], among=f"the layers of {seen.model}")
+    for kind, lines in (("records", known), ("weights", tested.told())):
         _say("\n  ".join([f"by their {kind}:", *lines]))
     if options.out:
         _draw(options.out, found[0].model, seen, tested)

@@ -103,7 +103,7 @@ def test_the_command_names_a_copy_and_stores_it(saved, capsys):
     assert "as after fewer bits" in out
     assert cli.main(["fingerprint", stranger, "--rank", "8"]) == 1
     out = capsys.readouterr().out
-    assert "related to no stored model" in out
+    assert "no relative among stored models" in out
     assert "what could hide a relative: " in out
     stored = sorted(path.name[:6] for path in (paths.CACHE / "fingerprints").glob("*.json"))
     assert stored == ["origin", "strang", "unname"]
@@ -148,14 +148,14 @@ def test_real_weights_in_another_guise_are_recognised(tmp_path, capsys, monkeypa
     assert cli.main(["fingerprint", str(unnamed)]) == 0
     assert "made from all-minilm-l6-v2, or both from one model" in capsys.readouterr().out
     assert cli.main(["fingerprint", str(stranger)]) == 1
-    assert "related to no stored model" in capsys.readouterr().out
+    assert "no relative among stored models" in capsys.readouterr().out
 
 
 def test_a_shipped_model_needs_no_weights(capsys, monkeypatch):
     monkeypatch.setattr(paths, "CACHE", paths.CACHE / "nowhere")
     assert cli.main(["fingerprint", "smollm2-135m-instruct"]) == 1
     out = capsys.readouterr().out
-    assert "related to no stored model" in out
+    assert "no relative among stored models" in out
     assert all(t in out for t in ("q", "gate", "0 of 30"))
 
 

@@ -6,7 +6,7 @@ from numpy.testing import assert_allclose
 
 from wdlib import WdlibError, paths
 from wdlib.fingerprints import record
-from wdlib.fingerprints.invariants import Spectra
+from wdlib.fingerprints.invariants import Spectra, of_layers
 from wdlib.fingerprints.relation import relate
 
 KINDS = {"qk": 3, "ov": 3, "gate": 1, "up": 1, "down": 1, "neurons": 1}
@@ -38,16 +38,6 @@ def noisy(found, size, seed=0):
     }
 
 
-def chosen(found, layers):
-    return {
-        kind: Spectra(
-            np.concatenate([np.full((s.layers == m).sum(), i) for i, m in enumerate(layers)]),
-            np.concatenate([s.values[s.layers == m] for m in layers]),
-        )
-        for kind, s in found.items()
-    }
-
-
 @pytest.mark.parametrize(
     "layers",
     [range(24), range(8), range(0, 24, 3), [*range(16), *range(8, 24)]],
@@ -55,7 +45,7 @@ def chosen(found, layers):
 )
 @pytest.mark.parametrize("size", [0, 0.02])
 def test_relatives_are_recognised_layer_by_layer(layers, size):
-    found = relate(noisy(chosen(model(0), layers), size), model(0))
+    found = relate(noisy(of_layers(model(0), layers), size), model(0))
     assert found.share == 1
     assert list(found.partners) == list(layers)
     assert found.change == pytest.approx(size, rel=0.3, abs=2e-4)
@@ -93,12 +83,12 @@ def test_a_run_recognises_what_a_single_layer_does_not():
     alone = found.nearness.min(axis=1)
     assert found.share > 0.8
     assert (alone > -2.25).all()
-    apart = relate(noisy(chosen(model(0), range(0, 24, 3)), size), model(0))
+    apart = relate(noisy(of_layers(model(0), range(0, 24, 3)), size), model(0))
     assert apart.share == 0
 
 
 def test_two_ancestors_share_the_layers_of_a_model_made_of_both():
-    one, two = chosen(model(0), range(12)), chosen(model(1), range(12, 24))
+    one, two = of_layers(model(0), range(12)), of_layers(model(1), range(12, 24))
     made = {
         kind: Spectra(
             np.concatenate([one[kind].layers, two[kind].layers + 12]),

@@ -134,12 +134,12 @@ def _vectors(fingerprint: Fingerprint) -> list[str]:
     return lines + ["".join([row[0].ljust(20), *(t.rjust(8) for t in row[1:])]) for row in rows]
 
 
-def verdict(seen: Sequence[Neighbour]) -> list[str]:
-    """What the neighbours say of a model's ancestors, a line for each."""
+def verdict(seen: Sequence[Neighbour], *, among: str = "stored models") -> list[str]:
+    """What the neighbours say of a model's ancestors, a line for each. among: what they are."""
     related = [n for n in seen if n.is_related]
     if related:
         return [line for n in related for line in _told(n)]
-    lines = ["related to no stored model: of models trained apart, no layer is recognised"]
+    lines = [f"no relative among {among}"]
     lines.append(f"what could hide a relative: {HIDES}")
     if lacking := [n.model for n in seen if n.relation is None]:
         lines.append(

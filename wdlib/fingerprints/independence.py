@@ -336,16 +336,21 @@ def layer_test(
     agree = {(x, y): int((found[x] == found[y]).sum()) for x, y in combinations(names, 2)}
     pair = max(agree, key=lambda names: agree[names])
     bound = max(UNIVERSAL[alignment], 1 / n)
-    tails = (
-        matching.log10_binomial_tail(agree[pair], m, bound),
-        matching.log10_tail(agree[pair], m, n),
-    )
+    agreement = matching.log10_binomial_tail(agree[pair], m, bound)
     return LayerTest(
-        *places, alignment, m, agree[pair] / m, pair, in_place,
-        matching.log10_bonferroni(orders, len(orders)),
-        *(matching.log10_bonferroni([tail], len(agree)) for tail in tails),
-        matching.log10_spearman(found[names[0]], found[names[1]]),
-    )  # fmt: skip
+        *places,
+        alignment,
+        m,
+        agree[pair] / m,
+        pair,
+        in_place,
+        log10_order=matching.log10_bonferroni(orders, len(orders)),
+        log10_agreement=matching.log10_bonferroni([agreement], len(agree)),
+        log10_chance=matching.log10_bonferroni(
+            [matching.log10_tail(agree[pair], m, n)], len(agree)
+        ),
+        log10_spearman=matching.log10_spearman(found[names[0]], found[names[1]]),
+    )
 
 
 def _attention(

@@ -6,6 +6,7 @@ state, a factor that moves between the embedding and the outputs of all layers (
 out), and weights that move between a norm and the matrices that read it (`gauge`).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -110,6 +111,21 @@ class Spectra:
 
     layers: np.ndarray
     values: np.ndarray
+
+
+def of_layers(found: Mapping[str, Spectra], layers: Sequence[int]) -> dict[str, Spectra]:
+    """The invariants of a model that is made of some layers of another, numbered anew from 0.
+
+    Kinds that none of these layers has are absent.
+    """
+
+    def chosen(spectra: Spectra) -> Spectra:
+        rows = [np.flatnonzero(spectra.layers == layer) for layer in layers]
+        numbers = np.repeat(np.arange(len(layers)), [len(row) for row in rows])
+        return Spectra(numbers, spectra.values[np.concatenate(rows)])
+
+    there = {kind: s for kind, s in found.items() if np.isin(s.layers, layers).any()}
+    return {kind: chosen(spectra) for kind, spectra in there.items()}
 
 
 class Collector:

@@ -14,7 +14,7 @@ from wdlib.checkpoints.plan import projection_parts
 from wdlib.checkpoints.stream import Projection
 from wdlib.fingerprints import gauge
 from wdlib.fingerprints.clusters import STARTS, Clusters, K, cluster, clustering_vector
-from wdlib.fingerprints.invariants import GROUPS, Collector, Spectra
+from wdlib.fingerprints.invariants import GROUPS, Collector, Spectra, of_layers
 from wdlib.fingerprints.values import Moments, deviation_vector, moments, pooled
 from wdlib.spectra import jobs, store
 
@@ -121,10 +121,7 @@ class Fingerprint:
                 moments={t: m[start::2] for t, m in self.moments.items()},
                 singular_values=values,
                 clusters=cluster(values, k=self.k, scaled=self.clusters.scaled, starts=starts),
-                invariants={
-                    kind: Spectra(s.layers[s.layers % 2 == start], s.values[s.layers % 2 == start])
-                    for kind, s in self.invariants.items()
-                },
+                invariants=of_layers(self.invariants, range(start, self.matrices, 2)),
             )
 
         return half(0), half(1)

@@ -127,21 +127,45 @@ def cluster_centres(data: pd.DataFrame, k: int, ax: Axes) -> Axes:
     return ax
 
 
-def identification(data: pd.DataFrame, threshold: float, ax: Axes) -> Axes:
-    """Spectral differences of copies and others on a log axis: columns case, copy, distance."""
-    cases = list(data.case.unique())
-    for copy, marker, color, label in (
-        (True, "o", BLUE, "from the model it was made of"),
-        (False, "^", ACCENT, "from any other"),
-    ):
-        rows = data[data["copy"] == copy]
-        y = [cases.index(case) for case in rows.case]
-        ax.plot(rows.distance, y, marker, color=color, ms=4.5, alpha=0.7, mew=0, label=label)
-    ax.axvline(threshold, color=INK, lw=1, ls="--", label="threshold")
-    ax.set_yticks(range(len(cases)), cases)
+def recognition(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Shares of relatives that are recognised, 0 to 1: a row for each case, a column for each
+    measure; white where a measure was not taken. Rows of one kind stand together.
+
+    table: index (kind, case).
+    """
+    image = ax.imshow(table, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    ax.figure.colorbar(image, ax=ax, shrink=0.3, anchor=(0, 0)).set_label("share recognised")
+    kinds = table.index.get_level_values(0)
+    for place in np.flatnonzero(kinds[1:] != kinds[:-1]) + 0.5:
+        ax.axhline(place, color="white", lw=3)
+    for kind in dict.fromkeys(kinds):
+        middle = np.flatnonzero(kinds == kind).mean()
+        bold = ax.text(-0.62, middle, kind, ha="center", va="center", rotation=90, fontsize=8)
+        bold.set(fontweight="bold", transform=ax.get_yaxis_transform())
+    ax.set_yticks(range(len(table)), table.index.get_level_values(1), fontsize=7)
+    ax.set_xticks(range(table.shape[1]), [name.replace(" ", "\n") for name in table], fontsize=7)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.grid(False)
+    return ax
+
+
+def strengths(data: pd.DataFrame, threshold: float, ax: Axes) -> Axes:
+    """Scores by what was done, a strip for each kind: columns kind, score; dashed, the threshold.
+
+    Strangers are triangles, relatives points.
+    """
+    kinds = list(dict.fromkeys(data.kind))
+    rng = np.random.default_rng(0)
+    for y, kind in enumerate(kinds):
+        score = data.score[data.kind == kind]
+        look = ("^", ACCENT) if kind == kinds[0] else ("o", BLUE)
+        ax.plot(score, y + rng.uniform(-0.3, 0.3, len(score)), look[0], color=look[1], ms=3, mew=0)
+    ax.axvline(threshold, color=INK, lw=1, ls="--")
+    counts = data.kind.value_counts()
+    ax.set_yticks(range(len(kinds)), [f"{kind} ({counts[kind]})" for kind in kinds])
     ax.invert_yaxis()
-    ax.set(xscale="log", xlabel="spectral difference")
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    ax.set(xlabel="strength: the score that a tenth of the layers reach")
     return ax
 
 
@@ -283,8 +307,7 @@ def nearness(relation: Relation, ax: Axes, *, names: tuple[str, str]) -> Axes:
     image = ax.imshow(relation.nearness, cmap="cividis_r", vmin=least, vmax=0, aspect="auto")
     ax.figure.colorbar(image, ax=ax, shrink=0.75).set_label("log of the difference over its median")
     rows = np.flatnonzero(relation.recognised)
-    ring = {"mfc": "none", "mec": ACCENT, "mew": 0.8, "ms": 5, "ls": ""}
-    ax.plot(relation.places[rows], rows, "o", **ring)
+    ax.plot(relation.places[rows], rows, "o", mfc="none", mec=ACCENT, mew=0.8, ms=5, ls="")
     ax.set(xlabel=f"layer of {names[1]}", ylabel=f"layer of {names[0]}")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(plt.MaxNLocator(integer=True))
@@ -307,14 +330,15 @@ def picture_of_pair(
     fig, ax = plt.subplots(figsize=(6.4, 5.4))
     if tested is not None and tested.places_a:
         layer_against_layer(tested.screen, ax, names=(tested.a, tested.b))
-        title = tested.finding
+        title, of = tested.finding, "neurons, layer against layer"
     elif seen.relation is not None:
         nearness(seen.relation, ax, names=(model, seen.model))
         number, every = int(seen.relation.recognised.sum()), len(seen.relation.layers)
         title = f"{number} of {every} layers of {model} are recognised in {seen.model}"
+        of = "records, layer against layer"
     else:
         raise WdlibError(f"the records of {model} and {seen.model} hold no layers to draw")
-    headline(fig, title, f"{model} and {seen.model}")
+    headline(fig, title, of)
     with paths.atomic_write(path) as part:
         fig.savefig(part, format=path.suffix[1:])
     plt.close(fig)
