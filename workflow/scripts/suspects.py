@@ -1,7 +1,7 @@
 """The suspects of the benchmark of identification: three decoders, disguised, and their records.
 
-Every second layer is taken (of Qwen every third), and the first 16384 tokens. Nothing is run by this
-script; identification.py imports it.
+Every second layer is taken (of Qwen every third), and the first 16384 tokens. This script runs
+nothing; identification.py imports it.
 """
 
 import contextlib
