@@ -301,9 +301,13 @@ def compute(model: str) -> Record:
     return Record(singular_values, curves, collector.spectra())
 
 
+KEEPS = (invariants.of_layer, invariants.Collector, gauge.layers)
+"""What decides a record, beside `compute`."""
+
+
 def record_file(about: str) -> Path:
     """Where a record is kept, by what it is of and what computes it."""
-    return KEPT / f"{digest(about, compute, invariants, gauge, str(RANK))}.npz"
+    return KEPT / f"{digest(about, compute, *KEEPS, str(RANK))}.npz"
 
 
 @lru_cache(None)
