@@ -39,11 +39,13 @@ def spectral(a: Record, b: Record) -> float:
 
 
 def unit_length(a: Record, b: Record) -> float:
-    """The same, each matrix divided by the length of its vector."""
-    one, two = (
-        {t: v / np.linalg.norm(v, axis=1, keepdims=True) for t, v in x.singular_values.items()}
-        for x in (a, b)
-    )
+    """The same, each vector of singular values divided by its length; one of zeros stays."""
+
+    def unit(vectors: np.ndarray) -> np.ndarray:
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors / np.where(lengths > 0, lengths, 1)
+
+    one, two = ({t: unit(v) for t, v in x.singular_values.items()} for x in (a, b))
     return -identity.spectral_difference(one, two)
 
 
