@@ -31,6 +31,9 @@ DECODERS = {FULL: 2, "gemma-3-270m": 2, "qwen2.5-coder-0.5b-instruct": 3}
 OTHERS = ("qwen2.5-coder-1.5b-instruct", "all-minilm-l6-v2", "all-mpnet-base-v2")
 """Models that the suspects are only held against."""
 
+STRANGER = next(name for name, is_relative in relatives.MADE.items() if not is_relative)
+"""A model of the shape of `FULL` that is trained apart, for tests of two checkpoints."""
+
 TOKENS = 16384
 RANK = 16
 KEPT = paths.CACHE / "identification"
@@ -166,10 +169,10 @@ def further() -> Iterator[Case]:
         kind = TRAINED if is_relative else APART
 
         def plain(_: Decoder, name: str = name) -> Decoder:
-            return _cut(relatives.load(name), DECODERS[FULL])
+            return _trained(name)
 
         def disguised(_: Decoder, name: str = name) -> Decoder:
-            return disguises.everything(_cut(relatives.load(name), DECODERS[FULL]))
+            return disguises.everything(_trained(name))
 
         yield Case(name, "", kind, plain, False)
         yield Case(f"everything, {name}", "", kind, disguised, False)
@@ -220,12 +223,20 @@ def original(model: str) -> Decoder:
 @lru_cache(None)
 def stored(model: str) -> str:
     """The checkpoint that suspects are held against: a folder with what is taken of a decoder."""
-    if model not in DECODERS:
+    if model in DECODERS:
+        about, made = _about(model), original
+    elif model == STRANGER:
+        about, made = digest(_cut, relatives.folder(model).name, f"{DECODERS[FULL]}"), _trained
+    else:
         return model
-    folder = KEPT / "originals" / f"{Path(model).name}-{_about(model)}"
+    folder = KEPT / "originals" / f"{Path(model).name.replace(' ', '-')}-{about}"
     if not paths.is_whole(folder):
-        paths.mark_whole(decoder.write(original(model), folder))
+        paths.mark_whole(decoder.write(made(model), folder))
     return str(folder)
+
+
+def _trained(name: str) -> Decoder:
+    return _cut(relatives.load(name), DECODERS[FULL])
 
 
 def key(model: str, case: Case) -> str:
