@@ -21,6 +21,7 @@ def quick(benchmark, saved_models, house, monkeypatch):
     """The script with two tiny decoders, another model, and what it keeps in the test's folder."""
     first, second, other = saved_models
     places = {"DECODERS": {first: 1, second: 1}, "OTHERS": (other,), "FULL": first, "RANK": 8}
+    places["STRANGER"] = second
     for name, value in (places | {"KEPT": house / "kept"}).items():
         monkeypatch.setattr(benchmark.suspects, name, value)
     for cached in ("original", "stored", "stored_record"):

@@ -3,8 +3,8 @@
 `python workflow/scripts/identification.py [folder with the data sets]` disguises three decoders in
 every way of `suspects.cases`, holds each suspect against all stored models by every measure of
 `MEASURES`, and writes data/results/identification.csv, a row for each, and
-identification_power.csv, for every measure its threshold and the cases that it recognises. An hour
-on one core. Records of finished suspects are kept in data/cache/identification, so that an
+identification_power.csv, for every measure its threshold and the cases that it recognises. Half an
+hour on one core. Records of finished suspects are kept in data/cache/identification, so that an
 interrupted run, or one with another measure, goes on after them. Models that are trained further
 come from relatives.py, which is run first where they are missing.
 
@@ -39,11 +39,13 @@ def spectral(a: Record, b: Record) -> float:
 
 
 def unit_length(a: Record, b: Record) -> float:
-    """The same, each matrix divided by the length of its vector."""
-    one, two = (
-        {t: v / np.linalg.norm(v, axis=1, keepdims=True) for t, v in x.singular_values.items()}
-        for x in (a, b)
-    )
+    """The same, each vector of singular values divided by its length; one of zeros stays."""
+
+    def unit(vectors: np.ndarray) -> np.ndarray:
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors / np.where(lengths > 0, lengths, 1)
+
+    one, two = ({t: unit(v) for t, v in x.singular_values.items()} for x in (a, b))
     return -identity.spectral_difference(one, two)
 
 
@@ -93,14 +95,16 @@ PAIR_MEASURES: dict[str, Callable[[dict[str, float]], float]] = {
     "aligned CKA": lambda found: found.get("cka", np.nan),
 }
 """Of both checkpoints, from the numbers of `_test`: -log10 of its p-value, and the measure of arXiv
-2510.06738. They take ten seconds a pair, and the main cases of one model alone."""
+2510.06738. They take some seconds a pair, and the main cases of one model alone. Few strangers
+measure no rate of 1 %: then the threshold is the largest score of a stranger."""
 
 
 def _tested(model: str, case: Case) -> list[str]:
-    """The stored models that a suspect is tested against: its own, and one that is none."""
-    if not case.is_main or model != suspects.FULL:
-        return []
-    return [model, next(m for m in suspects.DECODERS if m != model)]
+    """The models that a suspect is tested against: its own, and a stranger of the same shape.
+
+    With models of another shape and vocabulary a test has nothing to match.
+    """
+    return [model, suspects.STRANGER] if case.is_main and model == suspects.FULL else []
 
 
 # The run ------------------------------------------------------------------------------------------

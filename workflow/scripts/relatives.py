@@ -1,7 +1,7 @@
 """Relatives of the default model by training, and a model of its shape that is none.
 
-`python workflow/scripts/relatives.py [folder with the data sets]` trains each of `MADE` for some
-hundred steps on Alpaca, a quarter of an hour on one core altogether, and keeps the checkpoints in
+`python workflow/scripts/relatives.py [folder with the data sets]` trains each of `MADE` for 20
+to 100 steps on Alpaca, ten minutes on one core altogether, and keeps the checkpoints in
 data/cache/relatives. One that is there is left.
 """
 
@@ -36,10 +36,10 @@ class Recipe:
 
 
 RECIPES = {
-    "fine-tuned, learning rate 5e-4": Recipe(150, 5e-4),
-    "fine-tuned, learning rate 2e-5": Recipe(50, 2e-5),
-    "adapter of rank 16, learning rate 2e-4": Recipe(50, 2e-4, adapter=16),
-    "student of random weights": Recipe(80, 1e-3, is_new=True),
+    "fine-tuned, learning rate 5e-4": Recipe(100, 5e-4),
+    "fine-tuned, learning rate 2e-5": Recipe(20, 2e-5),
+    "adapter of rank 16, learning rate 2e-4": Recipe(20, 2e-4, adapter=16),
+    "student of random weights": Recipe(40, 1e-3, is_new=True),
 }
 MADE = {name: not recipe.is_new for name, recipe in RECIPES.items()}
 """The names, and whether it is a relative."""

@@ -1,7 +1,7 @@
 """The suspects of the benchmark of identification: three decoders, disguised, and their records.
 
-Of Qwen every third layer is taken, and of all three the first 16384 tokens. Nothing is run by this
-script; identification.py imports it.
+Every second layer is taken (of Qwen every third), and the first 16384 tokens. This script runs
+nothing; identification.py imports it.
 """
 
 import contextlib
@@ -25,11 +25,14 @@ from wdlib.lora import pretrained
 Decoder = decoder.Decoder
 
 FULL = checkpoints.DEFAULT
-DECODERS = {FULL: 1, "gemma-3-270m": 1, "qwen2.5-coder-0.5b-instruct": 3}
+DECODERS = {FULL: 2, "gemma-3-270m": 2, "qwen2.5-coder-0.5b-instruct": 3}
 """The models that are disguised, the first with all strengths; every so many layers are taken."""
 
 OTHERS = ("qwen2.5-coder-1.5b-instruct", "all-minilm-l6-v2", "all-mpnet-base-v2")
 """Models that the suspects are only held against."""
+
+STRANGER = next(name for name, is_relative in relatives.MADE.items() if not is_relative)
+"""A model of the shape of `FULL` that is trained apart, for tests of two checkpoints."""
 
 TOKENS = 16384
 RANK = 16
@@ -166,10 +169,10 @@ def further() -> Iterator[Case]:
         kind = TRAINED if is_relative else APART
 
         def plain(_: Decoder, name: str = name) -> Decoder:
-            return _cut(relatives.load(name), 1)
+            return _trained(name)
 
         def disguised(_: Decoder, name: str = name) -> Decoder:
-            return disguises.everything(_cut(relatives.load(name), 1))
+            return disguises.everything(_trained(name))
 
         yield Case(name, "", kind, plain, False)
         yield Case(f"everything, {name}", "", kind, disguised, False)
@@ -220,12 +223,20 @@ def original(model: str) -> Decoder:
 @lru_cache(None)
 def stored(model: str) -> str:
     """The checkpoint that suspects are held against: a folder with what is taken of a decoder."""
-    if model not in DECODERS:
+    if model in DECODERS:
+        about, made = _about(model), original
+    elif model == STRANGER:
+        about, made = digest(_cut, relatives.folder(model).name, f"{DECODERS[FULL]}"), _trained
+    else:
         return model
-    folder = KEPT / "originals" / f"{Path(model).name}-{_about(model)}"
+    folder = KEPT / "originals" / f"{Path(model).name.replace(' ', '-')}-{about}"
     if not paths.is_whole(folder):
-        paths.mark_whole(decoder.write(original(model), folder))
+        paths.mark_whole(decoder.write(made(model), folder))
     return str(folder)
+
+
+def _trained(name: str) -> Decoder:
+    return _cut(relatives.load(name), DECODERS[FULL])
 
 
 def key(model: str, case: Case) -> str:
@@ -301,9 +312,13 @@ def compute(model: str) -> Record:
     return Record(singular_values, curves, collector.spectra())
 
 
+KEEPS = (invariants.of_layer, invariants.Collector, gauge.layers)
+"""What decides a record, beside `compute`."""
+
+
 def record_file(about: str) -> Path:
     """Where a record is kept, by what it is of and what computes it."""
-    return KEPT / f"{digest(about, compute, invariants, gauge, str(RANK))}.npz"
+    return KEPT / f"{digest(about, compute, *KEEPS, str(RANK))}.npz"
 
 
 @lru_cache(None)
