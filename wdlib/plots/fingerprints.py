@@ -134,13 +134,14 @@ def recognition(table: pd.DataFrame, ax: Axes) -> Axes:
     table: index (kind, case).
     """
     image = ax.imshow(table, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    ax.figure.colorbar(image, ax=ax, shrink=0.3, anchor=(0, 0)).set_label("share recognised")
+    bar = ax.figure.colorbar(image, ax=ax, shrink=0.3, anchor=(0, 0), pad=0.1)
+    bar.set_label("share recognised")
     kinds = table.index.get_level_values(0)
     for place in np.flatnonzero(kinds[1:] != kinds[:-1]) + 0.5:
         ax.axhline(place, color="white", lw=3)
     for kind in dict.fromkeys(kinds):
         middle = np.flatnonzero(kinds == kind).mean()
-        bold = ax.text(-0.62, middle, kind, ha="center", va="center", rotation=90, fontsize=8)
+        bold = ax.text(1.03, middle, kind, ha="center", va="center", rotation=270, fontsize=8)
         bold.set(fontweight="bold", transform=ax.get_yaxis_transform())
     ax.set_yticks(range(len(table)), table.index.get_level_values(1), fontsize=7)
     ax.set_xticks(range(table.shape[1]), [name.replace(" ", "\n") for name in table], fontsize=7)
