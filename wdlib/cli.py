@@ -397,7 +397,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--clusters", type=_positive, default=7, metavar="K", help=number)
     family = "to store, default: that of the catalogue or none"
     add("--family", metavar="NAME", help=family)
-    picture = "the layers of both against each other: .png, .svg or .pdf"
+    picture = "the layers of both against each other, .png, .svg or .pdf; default: none"
     add("--out", type=Path, metavar="FILE", help=picture)
 
     text = "run what is left of a grid of LoRA runs"
