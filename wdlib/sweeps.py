@@ -77,30 +77,19 @@ def difference_at_best(
     items, rng = both[0].shape[2], np.random.default_rng(seed)
     halves = np.arange(0, items, 2), np.arange(1, items, 2)
     weights = [_with_observed(len(half), replicates, rng) for half in halves]
-    drawn = rng.standard_normal(replicates)
+    draws = np.concatenate([[0], rng.standard_normal(replicates)])
     total, chosen = np.zeros(replicates + 1), []
     for judge, chooser in ((0, 1), (1, 0)):
-        picks = [_chosen(scores[..., halves[chooser]], weights[chooser]) for scores in both]
-        pairs, which = np.unique(np.stack(picks, 1), axis=0, return_inverse=True)
-        for number, (one, other) in enumerate(pairs):
-            difference = _judged(both[0][one] - both[1][other])
-            mine = np.flatnonzero(which.ravel() == number)
-            means = weights[judge][mine] @ difference[:, halves[judge]].mean(0)
-            if len(difference) > 1:
-                # From one stream for all, so that a replicate's halves have the same luck of seeds.
-                stream = np.random.default_rng([seed, 1])
-                variances = stats.seed_variances(difference, replicates, stream)
-                means += np.concatenate([[0], drawn * np.sqrt(variances)])[mine]
-            total[mine] += means * len(halves[judge]) / items
+        by_chooser = (_chosen(s[..., halves[chooser]], weights[chooser]) for s in both)
+        picks = np.stack([*by_chooser], axis=1)
+        means = _judged(both, picks, halves[judge], weights[judge])
+        total += (means + draws * _seed_deviations(both, picks, seed)) * len(halves[judge]) / items
         chosen.append(picks)
-    shares = [
-        np.bincount(np.concatenate([picks[k] for picks in chosen]), minlength=len(both[k]))
-        for k in (0, 1)
-    ]
-    observed = [_judged(both[0][p[0][0]] - both[1][p[1][0]]) for p in chosen]
-    seeds = min(len(difference) for difference in observed)
+    every = np.concatenate(chosen)
+    counts = [np.bincount(every[:, k], minlength=len(both[k])) / len(every) for k in (0, 1)]
+    seeds = min(len(_paired(both, *picks[0])) for picks in chosen)
     found = stats.summary(float(total[0]), total[1:] - total[0], (seeds, items), level)
-    return AtBest(found, *(tuple((s / s.sum()).tolist()) for s in shares))
+    return AtBest(found, *(tuple(share.tolist()) for share in counts))
 
 
 def _checked_settings(scores: np.ndarray) -> np.ndarray:
@@ -131,12 +120,40 @@ def _chosen(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return (weights @ scores[:, complete].mean(1).T).argmin(1)
 
 
-def _judged(difference: np.ndarray) -> np.ndarray:
-    """The seeds, (seeds, items), that both of two settings were tried with."""
+def _paired(both: tuple[np.ndarray, np.ndarray], one: int, other: int) -> np.ndarray:
+    """Differences of two settings, (seeds, items), of the seeds that both were tried with."""
+    difference = both[0][one] - both[1][other]
     kept = difference[~np.isnan(difference).any(1)]
     if not len(kept):
         raise WdlibError("two settings that are chosen have no seed in common: leave one out")
     return kept
+
+
+def _judged(
+    both: tuple[np.ndarray, np.ndarray], picks: np.ndarray, half: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """Mean differences over the judging items, of the settings that each row of picks chose."""
+    means = np.empty(len(picks))
+    for pair in np.unique(picks, axis=0):
+        rows = (picks == pair).all(1)
+        means[rows] = weights[rows] @ _paired(both, *pair)[:, half].mean(0)
+    return means
+
+
+def _seed_deviations(
+    both: tuple[np.ndarray, np.ndarray], picks: np.ndarray, seed: int
+) -> np.ndarray:
+    """What other seeds could have added, as a standard deviation, for each row of picks.
+
+    The draws come from one stream, so that both halves of a replicate have the same luck of seeds.
+    """
+    found = np.zeros(len(picks))
+    for pair in np.unique(picks, axis=0):
+        difference, rows = _paired(both, *pair), (picks == pair).all(1)
+        if len(difference) > 1:
+            stream = np.random.default_rng([seed, 1])
+            found[rows] = np.sqrt(stats.seed_variances(difference, len(picks), stream))[rows]
+    return found
 
 
 def optimum(

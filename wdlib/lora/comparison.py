@@ -159,15 +159,15 @@ def sharpness(table: Iterable[Mapping[str, Any]], found: Found, *, base: str = B
     classical theory has it, the others follow.
 
     Arguments: table, rows of data/results/curvature.csv.
-    Returns: rows of init, reference, variant, eigenvalue, share of B, expected, and rate, low, high
-    as of `optima`, nan where the rates were not run.
+    Returns: those rows with variant, expected, and tried, rate, low, high as of `optima`, which are
+    nan where the start was not run at several rates.
     """
     known = {row["variant"]: row for row in optima(found)}
     rows = [dict(row) for row in table]
     for row in rows:
         row["variant"] = Run(init=row["init"], reference=row["reference"] or None).variant
     of_base = [float(row["eigenvalue"]) for row in rows if row["variant"] == base]
-    absent = dict.fromkeys(("rate", "low", "high"), np.nan)
+    absent = dict.fromkeys(("tried", "rate", "low", "high"), np.nan)
     anchor = known.get(base, absent)["rate"]
     for row in rows:
         best = known.get(row["variant"], absent)
