@@ -248,7 +248,7 @@ OURS = (
         notebook="08",
         found=r"\npissa\|both at the papers' rate\|(\S+?)\|(?s:.*?)"
         r"each at its best rate\|(\S+?)\|",
-        words="the size: PiSSA is {0} nats off, each at its best {1}",
+        words="the size: PiSSA's {0} nats become {1}, each at its best rate",
         figure="08_leads",
     ),
     Row(
