@@ -49,8 +49,8 @@ def test_a_verdict_that_is_not_known_is_refused(stored):
 
 
 def test_a_number_that_is_gone_is_refused(stored):
-    folder = stored("10", "copies, largest", "copies, smallest")
-    with pytest.raises(WdlibError, match=r"10_clustering_vector\.ipynb shows no"):
+    folder = stored("14", ">invariants<", ">other<")
+    with pytest.raises(WdlibError, match=r"14_whose_model\.ipynb shows no"):
         RESULTS["page"](folder)
 
 
