@@ -417,3 +417,21 @@ def test_step_0_of_the_real_model(smollm):
         assert result.logit_change == pytest.approx(change, rel=1e-3, abs=1e-7)
         assert (change <= 1e-5) == (mode != "literal")
     assert torch.equal(logits(peft_model.unload(), batch), before)
+
+
+def test_no_bar_of_transformers_is_shown(tmp_path, monkeypatch):
+    """In a notebook it would be a widget, which is dead in what is stored."""
+    from transformers import modeling_gguf_pytorch_utils as gguf_reader
+    from transformers.utils import logging
+
+    def bar(*_, **__):
+        raise AssertionError("a bar")
+
+    monkeypatch.setattr(logging.tqdm_lib, "tqdm", bar)
+    monkeypatch.setattr(gguf_reader, "tqdm", bar)
+    assert logging.is_progress_bar_enabled()
+    with pretrained.quiet():
+        assert list(gguf_reader.tqdm([1, 2], desc="")) == [1, 2]
+        assert list(logging.tqdm([3, 4], desc="")) == [3, 4]
+    assert logging.is_progress_bar_enabled()
+    assert gguf_reader.tqdm is bar

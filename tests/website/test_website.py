@@ -16,7 +16,7 @@ INDEX = (DOCS / "index.md").read_text(encoding="utf-8")
 
 def test_every_notebook_has_a_card_and_a_line_of_contents():
     names = sorted(path.stem for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    assert len(names) == 14
+    assert len(names) == 15
     for name in names:
         assert f":link: ../notebooks/{name}\n" in INDEX
         assert f"<../notebooks/{name}>" in INDEX
@@ -24,7 +24,7 @@ def test_every_notebook_has_a_card_and_a_line_of_contents():
 
 def test_every_picture_of_a_card_is_there():
     pictures = re.findall(r"^:img-top: (.*)", INDEX, re.M)
-    assert len(pictures) == 14
+    assert len(pictures) == 15
     assert [name for name in pictures if not (DOCS / name).is_file()] == []
 
 

@@ -62,15 +62,22 @@ class Pretrained:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' notices out of the caller's output; errors still show."""
+    """Keep transformers' notices and bars out of the caller's output; errors still show."""
+    from transformers import modeling_gguf_pytorch_utils as gguf_reader
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # That of the GGUF reader knows no switch, and would be a widget in a notebook.
+    bar, gguf_reader.tqdm = gguf_reader.tqdm, lambda tensors, **_: tensors
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        gguf_reader.tqdm = bar
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def load(model: str | Path | Checkpoint, *, dtype: str = "float32") -> Pretrained:
@@ -240,7 +247,6 @@ def _read_from(folder: Path) -> set[Path]:
 def _reading(checkpoint: Checkpoint) -> Iterator[None]:
     """Turn what transformers says of a folder that it cannot read into one sentence."""
     try:
-        # The progress bar of the GGUF reader knows no switch, so what goes to stderr is dropped.
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
             yield
     except Exception as error:  # whatever damage makes a library raise

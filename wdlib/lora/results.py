@@ -147,6 +147,13 @@ class _Machine:
 
 
 @dataclass(frozen=True)
+class _Step0:
+    """What is read of `measure.step0`."""
+
+    base_loss: float | None = None
+
+
+@dataclass(frozen=True)
 class _Losses:
     before: HeldOut
     after: HeldOut
@@ -162,6 +169,7 @@ class _Report:
     machine: _Machine
     held_out: _Losses
     configuration: Run
+    step0: _Step0 | None = None
 
 
 def fingerprint_file(run: Run, results: Path) -> Path:
