@@ -42,7 +42,7 @@ class Fingerprint:
     singular_values[type]: (matrices, rank) float64, descending rows, in the unit of the weights.
     clusters: of all singular value vectors of the model.
     provenance: of the weights (source, sha256, ...) and of this record.
-    invariants[kind]: what rewriting leaves, see the room; none in records before version 0.2.
+    invariants[kind]: what rewriting leaves, see the room; none in records of earlier versions.
     """
 
     model: str
