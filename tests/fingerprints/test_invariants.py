@@ -231,6 +231,16 @@ def test_the_matrices_are_shown_as_they_are_stored(tmp_path, rng):
     assert_allclose(layers[1].matrices["o"], weights[name.format("self_attn.o_proj")])
 
 
+def test_a_scale_of_no_dimension_beside_a_matrix_is_no_norm(tmp_path):
+    folder = tiny.write_llama(tmp_path / "model")
+    (path,) = folder.glob("*.safetensors")
+    before = [layer.matrices["q"] for layer in gauge.layers(folder)]
+    scale = {"model.layers.0.self_attn.q_proj.input_scale": np.array(7, np.float32)}
+    save_file(load_file(path) | scale, path)
+    for one, two in zip(before, gauge.layers(folder), strict=True):
+        assert_allclose(two.matrices["q"], one)
+
+
 def test_the_embedding_is_found_and_missed_by_name(tmp_path):
     folder = tiny.write_llama(tmp_path / "model")
     (path,) = folder.glob("*.safetensors")

@@ -97,6 +97,7 @@ class Plan:
 
     model: the checkpoint's name. stack: the stack's. others: the kinds of other stacks of the
     language that the checkpoint holds. geometry: of the stack. parts: in the order of `inventory`.
+    vectors: the tensors of one dimension in its layers, by name.
     """
 
     model: str
@@ -104,6 +105,7 @@ class Plan:
     others: tuple[str, ...]
     geometry: Geometry
     parts: tuple[Part, ...]
+    vectors: Mapping[str, Tensor]
 
     def chosen(
         self, *, layers: Iterable[int] | None = None, types: Iterable[str] | None = None
@@ -199,7 +201,9 @@ def plan(model: str | Path | Checkpoint, *, stack: str | None = None) -> Plan:
     wanted = range(layers) if chosen == host else sorted(crossed)
     completeness.check(checkpoint.name, geometry, wanted, rows, crossed=crossed)
     others = tuple(stacks.others(roles, chosen))
-    return Plan(checkpoint.name, chosen, others, geometry, tuple(parts))
+    flat = {name: place(name) for name, tensor in tensors.items() if len(tensor.shape) == 1}
+    vectors = {name: tensors[name] for name, at in flat.items() if at and at.stack == chosen}
+    return Plan(checkpoint.name, chosen, others, geometry, tuple(parts), vectors)
 
 
 def _check_readable(tensor: Tensor) -> None:

@@ -1,18 +1,18 @@
 """What stands around the projections of a checkpoint: its norms, and the embedding."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from wdlib import WdlibError
-from wdlib.checkpoints import lexicon, quantised, stacks
+from wdlib.checkpoints import lexicon, quantised
 from wdlib.checkpoints.architectures import place
 from wdlib.checkpoints.files import Checkpoint, resolve
 from wdlib.checkpoints.formats import Tensor
 from wdlib.checkpoints.headers import read_headers
+from wdlib.checkpoints.plan import Plan
 
 _BLOCKS = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
 """The block that a projection begins; o and down end one and read no norm."""
@@ -37,27 +37,22 @@ class Norms:
         return self.before.get(_BLOCKS.get(type, ""))
 
 
-def norms(model: str | Path | Checkpoint, *, stack: str) -> dict[int, Norms]:
-    """The norms of every layer of a stack, which is named as `plan` does.
+def norms(plan: Plan, layers: Iterable[int]) -> dict[int, Norms]:
+    """The norms of some layers of a stack. A layer of one norm has it before both blocks.
 
-    A layer of one norm has it before both blocks.
-
-    Raises: WdlibError as `inventory` does.
+    Raises: WdlibError for a file that ends too early.
     """
-    checkpoint = resolve(model)
-    configuration, tensors = read_headers(checkpoint)
-    kinds = configuration.geometry(stacks.kind(stack)).architectures
-    centred = not configuration.is_gguf and set(kinds) & set(lexicon.ZERO_CENTRED.split())
-    names: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+    names: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
+    for name, tensor in plan.vectors.items():
         where = place(name)
-        if where and where.stack == stack and math.prod(tensor.shape) == max(tensor.shape):
-            names.setdefault(where.layer, {})[where.inner] = tensor
-    return {layer: _norms(inner, float(bool(centred))) for layer, inner in names.items()}
+        if where and where.layer in names:
+            names[where.layer][where.inner] = tensor
+    kinds = set(plan.geometry.architectures) & set(lexicon.ZERO_CENTRED.split())
+    return {layer: _norms(own, centred=bool(kinds)) for layer, own in names.items()}
 
 
-def _norms(vectors: Mapping[str, Tensor], centre: float) -> Norms:
-    """The norms among the vectors of a layer, which are given by their names."""
+def _norms(vectors: Mapping[str, Tensor], *, centred: bool) -> Norms:
+    """The norms among the vectors of a layer, by their names. centred: see `ZERO_CENTRED`."""
     after = {t for t, known in lexicon.NORMS_AFTER.items() if vectors.keys() & set(known.split())}
     own = dict(vectors)
     if "down" in after and _AMBIGUOUS in own:
@@ -65,8 +60,10 @@ def _norms(vectors: Mapping[str, Tensor], centre: float) -> Norms:
         del own[_AMBIGUOUS]
     before: dict[str, np.ndarray] = {}
     for block, known in lexicon.NORMS_BEFORE.items():
-        there = [own[name] for name in known.split() if name in own]
-        before |= {block: _rows(there[0], 1).ravel() + np.float32(centre)} if there else {}
+        tensor = next((own[name] for name in known.split() if name in own), None)
+        if tensor is not None:
+            lacking = centred and tensor.file.suffix != ".gguf"
+            before[block] = _rows(tensor, 1).ravel() + np.float32(lacking)
     if "attention" in before:
         before.setdefault("mlp", before["attention"])
     return Norms(before, frozenset(after))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from wdlib.checkpoints import stream, vectors
-from wdlib.checkpoints.files import Checkpoint, resolve
+from wdlib.checkpoints.files import Checkpoint
 from wdlib.checkpoints.plan import Part, plan
 from wdlib.checkpoints.stream import Projection
 
@@ -48,13 +48,12 @@ def layers(
     on_matrix: is shown each matrix as it is stored, before its norm is multiplied into it.
     Other arguments and errors as `checkpoints.projections` has them.
     """
-    checkpoint = resolve(model)
-    whole = plan(checkpoint)
-    norms = vectors.norms(checkpoint, stack=whole.stack)
+    whole = plan(model)
     parts = sorted(whole.chosen(layers=layers, types=types), key=_place)
+    norms = vectors.norms(whole, {part.entry.layer for part in parts})
     matrices = stream.read_all(parts)
     for (layer, _), group in groupby(parts, key=_place):
-        around, found = norms.get(layer, vectors.Norms({}, frozenset())), {}
+        around, found = norms[layer], {}
         for part in group:
             projection = next(matrices)
             on_matrix(projection)
