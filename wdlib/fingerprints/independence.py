@@ -296,20 +296,21 @@ def _tests(
 ) -> Iterator[LayerTest]:
     """The test of each layer of A against that of B which it resembles most; of experts, the best
     pair."""
-    rng = np.random.default_rng(1)
-    for layer in sorted({place.layer for place in screen.places_a}):
+    rng, most_alike = np.random.default_rng(1), {}
+    for layer in {place.layer for place in screen.places_a}:
         rows = [i for i, place in enumerate(screen.places_a) if place.layer == layer]
         part = screen.shares[:, rows]
         k, i, j = np.unravel_index(part.argmax(), part.shape)
-        at, to = screen.places_a[rows[i]], screen.places_b[j]
-        mine, theirs = _rows(a, names, at), _rows(b, names, to)
-        mine = {name: tried[k].a(mine[name]) for name in names}
-        theirs = {name: tried[k].b(theirs[name]) for name in names}
-        yield layer_test(mine, theirs, places=(at, to), alignment=tried[k].name, rng=rng)
-
-
-def _rows(model: Checkpoint, names: list[str], place: Place) -> dict[str, np.ndarray]:
-    return next(rows for at, rows in _mlps(model, names, [place.layer]) if at == place)
+        most_alike[screen.places_a[rows[i]]] = tried[k], screen.places_b[j]
+    if not most_alike:
+        return
+    for at, whole in _mlps(a, names):
+        if at in most_alike:
+            one, to = most_alike[at]
+            other = next(rows for p, rows in _mlps(b, names, [to.layer]) if p == to)
+            mine = {name: one.a(whole[name]) for name in names}
+            theirs = {name: one.b(other[name]) for name in names}
+            yield layer_test(mine, theirs, places=(at, to), alignment=one.name, rng=rng)
 
 
 def layer_test(
