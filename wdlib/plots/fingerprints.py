@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -287,15 +288,10 @@ def layer_against_layer(
     A copy shows its diagonal, a stack its blocks. table: (layers of the first, of the second);
     names: of the two models. A dot marks the largest value of each row that reaches a quarter.
     """
-    image = ax.imshow(table, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-    ax.figure.colorbar(image, ax=ax, shrink=0.75).set_label(label)
-    best = table.argmax(axis=1)
-    rows = np.flatnonzero(table.max(axis=1) >= 0.25)
+    look = {"cmap": "cividis", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+    best, rows = table.argmax(axis=1), np.flatnonzero(table.max(axis=1) >= 0.25)
+    _layers(table, ax, names, label, look)
     ax.plot(best[rows], rows, "o", color=ACCENT, ms=2.5, mew=0, ls="")
-    ax.set(xlabel=f"layer of {names[1]}", ylabel=f"layer of {names[0]}")
-    ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
-    ax.yaxis.set_major_locator(plt.MaxNLocator(integer=True))
-    ax.grid(False)
     return ax
 
 
@@ -305,15 +301,22 @@ def nearness(relation: Relation, ax: Axes, *, names: tuple[str, str]) -> Axes:
     A copy shows its diagonal, a stack its blocks. A ring marks where each recognised layer is from.
     """
     least = min(-3.0, float(relation.nearness.min()))
-    image = ax.imshow(relation.nearness, cmap="cividis_r", vmin=least, vmax=0, aspect="auto")
-    ax.figure.colorbar(image, ax=ax, shrink=0.75).set_label("log of the difference over its median")
+    look = {"cmap": "cividis_r", "vmin": least, "vmax": 0, "aspect": "auto"}
+    _layers(relation.nearness, ax, names, "log of the difference over its median", look)
     rows = np.flatnonzero(relation.recognised)
     ax.plot(relation.places[rows], rows, "o", mfc="none", mec=ACCENT, mew=0.8, ms=5, ls="")
+    return ax
+
+
+def _layers(
+    table: np.ndarray, ax: Axes, names: tuple[str, str], label: str, look: dict[str, Any]
+) -> None:
+    """A table with the layers of one model down and those of another across. look: of `imshow`."""
+    ax.figure.colorbar(ax.imshow(table, **look), ax=ax, shrink=0.75).set_label(label)
     ax.set(xlabel=f"layer of {names[1]}", ylabel=f"layer of {names[0]}")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(plt.MaxNLocator(integer=True))
     ax.grid(False)
-    return ax
 
 
 def picture_of_pair(
