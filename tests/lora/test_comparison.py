@@ -126,7 +126,8 @@ def test_curvature_foretells_rates_from_that_of_the_base(swept):
     ]
     rows = comparison.sharpness(table, swept)
     found = rows[0]["rate"]
-    assert_allclose([row["expected"] for row in rows], [found, found / 4, found * 2])
+    assert_allclose([row["inverse"] for row in rows], [found, found / 4, found * 2])
+    assert_allclose([row["inverse root"] for row in rows], [found, found / 2, found * 2**0.5])
     assert_allclose(rows[1]["rate"], 2e-4, rtol=0.1)
     assert rows[1]["tried"] == 2e-4
     assert np.isnan([rows[2]["rate"], rows[2]["tried"]]).all()

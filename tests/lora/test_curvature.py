@@ -92,3 +92,23 @@ def test_without_an_adapter_there_is_nothing_to_measure(batch):
         parameter.requires_grad = False
     with pytest.raises(WdlibError, match="no trainable parameter"):
         largest_eigenvalue(model, batch)
+
+
+def test_adam_takes_one_way_at_rates_that_go_with_the_inverse_root():
+    """Parameters c times as large for one function: its Hessian over c^2, Adam's rate times c."""
+    curvatures = torch.tensor([1.0, 30.0], dtype=torch.float64)
+
+    def way(c: float) -> list[float]:
+        parameters = torch.nn.Parameter(c * torch.ones(2, dtype=torch.float64))
+        adam = torch.optim.AdamW([parameters], lr=0.03 * c, weight_decay=0.01 / c, eps=0)
+        losses = []
+        for _ in range(20):
+            loss = (curvatures * (parameters / c) ** 2).sum()
+            losses.append(loss.item())
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        return losses
+
+    np.testing.assert_allclose(way(7.0), way(1.0), rtol=1e-12)
+    assert way(1.0)[-1] < way(1.0)[0] / 3

@@ -21,6 +21,13 @@ BASE = "default"
 TEMPLATE, OWN = "both at the papers' rate", "each at its best rate"
 """How two starts are compared in `leads`."""
 
+LAWS = {"inverse": 1.0, "inverse root": 0.5}
+"""How a best rate may go with the Hessian's largest eigenvalue: the power of its inverse.
+
+An eigenvalue is in nats per squared parameter. The rate of gradient descent is in squared
+parameters per nat, as the inverse is; Adam's is a length in parameters, as the root of the inverse.
+"""
+
 
 def as_by_default(found: Found) -> dict[Run, CellResult]:
     """The runs that differ from a default one in start, reference, seed, model and data alone."""
@@ -155,12 +162,11 @@ def _with_both(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.nd
 def sharpness(table: Iterable[Mapping[str, Any]], found: Found, *, base: str = BASE) -> list[Row]:
     """What the curvature at step 0 foretells of each start's best rate, and what was found.
 
-    The base's own best rate is given; where the rate goes inversely with the largest eigenvalue, as
-    classical theory has it, the others follow.
+    The base's own best rate is given, and the others follow by each of LAWS.
 
     Arguments: table, rows of data/results/curvature.csv.
-    Returns: those rows with variant, expected, and tried, rate, low, high as of `optima`, which are
-    nan where the start was not run at several rates.
+    Returns: those rows with variant, a rate for each of LAWS by its name, and tried, rate, low,
+    high as of `optima`, which are nan where the start was not run at several rates.
     """
     known = {row["variant"]: row for row in optima(found)}
     rows = [dict(row) for row in table]
@@ -171,6 +177,7 @@ def sharpness(table: Iterable[Mapping[str, Any]], found: Found, *, base: str = B
     anchor = known.get(base, absent)["rate"]
     for row in rows:
         best = known.get(row["variant"], absent)
-        row["expected"] = anchor * of_base[0] / float(row["eigenvalue"]) if of_base else np.nan
+        flatter = of_base[0] / float(row["eigenvalue"]) if of_base else np.nan
+        row |= {law: anchor * flatter**power for law, power in LAWS.items()}
         row |= {name: best[name] for name in absent}
     return rows

@@ -2,8 +2,9 @@
 
 Classical theory bounds a stable step of gradient descent by 2 over it, so that a start with the
 larger eigenvalue needs the smaller learning rate (arXiv 2602.04998 holds this against LoRA's
-starts). Adam, which all runs here use, divides each entry's step by the size of its gradient, so
-that nothing obliges it to follow.
+starts). All runs here use Adam, whose step has the rate's own length in every parameter. Where one
+start is another with all parameters c times as large, and the same function, the eigenvalue is
+smaller by c squared, and Adam's best rate larger by c alone: it goes with the inverse root.
 """
 
 from collections.abc import Callable, Mapping
