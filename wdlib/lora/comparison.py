@@ -31,8 +31,7 @@ parameters per nat, as the inverse is; Adam's is a length in parameters, as the 
 
 def as_by_default(found: Found) -> dict[Run, CellResult]:
     """The runs that differ from a default one in start, reference, seed, model and data alone."""
-    usual = Hyperparameters()
-    return {r: s for r, s in found.items() if (r.hyperparameters, r.b_scale) == (usual, 1)}
+    return {run: stored for run, stored in found.items() if run.is_plain}
 
 
 def curves(found: Found, *, base: str = BASE, window: int = 5) -> list[Row]:

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from wdlib.fingerprints import record
 from wdlib.fingerprints.record import Fingerprint
 from wdlib.lora import devices, scores
 from wdlib.lora.benchmarks import TASKS
-from wdlib.lora.runs import UNTRAINED, Hyperparameters, Run
+from wdlib.lora.runs import UNTRAINED, Run
 from wdlib.lora.scores import Evaluation, Scores, correct, debiased
 
 RESULTS = paths.OWN_RESULTS / "experiments"
@@ -308,15 +308,12 @@ def by_rate(found: Mapping[Run, CellResult], *, least: int = 3) -> dict[str, Swe
     but for start, seed and rate; least, rates that a start has been run at, with one seed.
     Raises: WdlibError for runs that were not measured on the same items in the same way.
     """
-    usual = Hyperparameters()
     rows: dict[str, dict[tuple[int, float], _Row]] = {}
     for run, stored in found.items():
-        rate = run.hyperparameters.learning_rate
-        plain = replace(run.hyperparameters, learning_rate=usual.learning_rate)
         row = _row(stored, LOSS)
-        if run.init != UNTRAINED and (plain, run.b_scale) == (usual, 1) and row is not None:
-            variant = replace(run, hyperparameters=usual).variant
-            rows.setdefault(variant, {})[run.seed, rate] = row
+        if run.init != UNTRAINED and row is not None and (usual := run.at_default_rate()).is_plain:
+            at = run.seed, run.hyperparameters.learning_rate
+            rows.setdefault(usual.variant, {})[at] = row
     swept = {v: part for v, part in rows.items() if _most_common(s for s, _ in part) >= least}
     seeds = tuple(sorted({seed for part in swept.values() for seed, _ in part}))
     every = [row for part in swept.values() for row in part.values()]

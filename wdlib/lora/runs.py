@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,16 @@ class Run:
         seed = None if self.init == UNTRAINED else f"s{self.seed}"
         digest = hashlib.sha256(json.dumps(_changed(self), sort_keys=True).encode()).hexdigest()
         return "-".join(filter(None, [*named, *self._changed_settings(), seed, digest[:8]]))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but start, reference, seed, model and data is other than by default."""
+        return self.b_scale == 1 and self.hyperparameters == Hyperparameters()
+
+    def at_default_rate(self) -> "Run":
+        """The same at the default's learning rate."""
+        usual = replace(self.hyperparameters, learning_rate=Hyperparameters.learning_rate)
+        return replace(self, hyperparameters=usual)
 
     def _changed_settings(self) -> list[str]:
         """The settings that have a short name, where they are not as by default."""
