@@ -13,6 +13,7 @@ import tiny
 
 from wdlib import WdlibError, __version__, cli, notebooks
 from wdlib.checkpoints import catalogue
+from wdlib.cli.parser import joined, parser
 
 
 @pytest.mark.parametrize("words", [["-p", "rank"], ["-p", "a", "b", "c"], ["--nope"]])
@@ -54,7 +55,7 @@ def test_the_catalogue_is_listed(capsys):
 
 def subcommands():
     """The parsers of all subcommands, by name."""
-    (group,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (group,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
     return group.choices
 
 
@@ -82,8 +83,8 @@ def test_help_has_an_example_and_every_default(name, capsys):
 
 @pytest.mark.parametrize("line", EXAMPLES)
 def test_an_example_can_be_typed(line):
-    words = cli._joined(shlex.split(line)[1:])
-    options = cli._parser().parse_args(words)
+    words = joined(shlex.split(line)[1:])
+    options = parser().parse_args(words)
     for model in (getattr(options, "model", None), getattr(options, "spectra", None)):
         named = model and not re.search(r"[/.]", model)
         assert not named or model in catalogue.models()
@@ -123,12 +124,12 @@ def test_the_shell_completes_names():
     ],
 )
 def test_parameters_are_given_before_or_after_the_notebook(words):
-    options = cli._parser().parse_args(cli._joined(["run", *words]))
+    options = parser().parse_args(joined(["run", *words]))
     assert (options.notebook, options.parameters) == ("03", [("rank", "64")])
 
 
 def test_a_value_may_begin_with_a_dash():
-    options = cli._parser().parse_args(cli._joined(["run", "03", "-p", "x", "-1", "-p", "y=-2"]))
+    options = parser().parse_args(joined(["run", "03", "-p", "x", "-1", "-p", "y=-2"]))
     assert options.parameters == [("x", "-1"), ("y", "-2")]
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from wdlib.cli import main
+from wdlib.cli.command import main
 
 sys.exit(main())

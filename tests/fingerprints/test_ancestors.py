@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from wdlib import TYPES, cli, paths
 from wdlib.checkpoints import stream
+from wdlib.cli.parser import parser
 from wdlib.fingerprints import record
 from wdlib.fingerprints.ancestors import SAME, identify, report, verdict
 from wdlib.fingerprints.clusters import K, cluster
@@ -122,7 +123,7 @@ def test_the_command_says_that_it_stored_only_what_it_did(saved, capsys):
     assert "share in cluster 3" not in said[0]
     (kept,) = record.library()
     assert (kept.rank, kept.k) == (16, 3)
-    assert cli._parser().parse_args(["fingerprint", path]).clusters == K
+    assert parser().parse_args(["fingerprint", path]).clusters == K
 
 
 def test_the_command_fails_in_one_line_before_anything_is_stored(saved, capsys):

@@ -12,6 +12,7 @@ import yaml
 
 from wdlib import cli, notebooks, paths, provenance
 from wdlib.checkpoints.catalogue import models
+from wdlib.cli.parser import joined, parser
 from wdlib.lora.grid import STATES, cells
 from wdlib.spectra import store
 
@@ -52,7 +53,7 @@ def test_the_rules_call_commands_that_exist():
     assert len(found) == len(RULES)  # that for experiments calls two, that for results none
     assert {words[0] for words in found} == {"wdlib"}
     for words in found:
-        assert callable(cli._parser().parse_args(cli._joined(words[1:])).command)
+        assert callable(parser().parse_args(joined(words[1:])).command)
 
 
 def test_the_configuration_names_what_exists():
