@@ -98,6 +98,19 @@ def test_differences_come_with_a_correction_for_all_of_them():
     assert comparison.against(found, [], (LOSS,)) == []
 
 
+def test_rows_over_rates_know_their_seed_and_the_base_beside_them(swept):
+    rate = RATES[0]
+    found = {**swept, at(rate, init="pissa", seed=1): cell(1.5), Run(init="untrained"): cell(2.0)}
+    rows = {(r["variant"], r["rate"], r["seed"]): r for r in comparison.over_rates(found)}
+    assert len(rows) == len(swept) + 1
+    single = rows["pissa", rate, 1]
+    assert_allclose(single["loss"], 1.5)
+    assert (single["whole"], np.isnan(single["lead"])) == (False, True)
+    both = [rows[variant, rate, Run.seed] for variant in ("pissa", "default")]
+    assert_allclose(both[0]["lead"], both[0]["loss"] - both[1]["loss"])
+    assert (both[0]["whole"], both[1]["lead"]) == (True, 0)
+
+
 def test_each_start_has_its_own_best_rate(swept):
     rows = {row["variant"]: row for row in comparison.optima(swept)}
     assert_allclose(rows["default"]["rate"], 6e-4, rtol=0.1)

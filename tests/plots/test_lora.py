@@ -95,16 +95,17 @@ def test_a_table_of_differences_is_text():
     assert text.loc["b", "p, Holm"] == "0.50"
 
 
-def test_losses_by_rate_are_lines_through_the_means_of_the_seeds():
+def test_losses_by_rate_are_lines_through_the_means_of_whole_seeds():
     data = pd.DataFrame(
-        [("default", s, v, v * s) for s in (1, 3) for v in (1e-4, 6.67e-4, 1e-3)],
+        [("default", s, v, v * s) for s in (1, 3) for v in (1e-4, 6.67e-4, 1e-3)]
+        + [("default", 5, 1e-3, 1.0)],
         columns=["start", "seed", "rate", "loss"],
-    )
+    ).assign(whole=lambda t: t.seed < 5)
     _, ax = plt.subplots()
     lora.loss_by_rate(data, ax, 2e-4)
     template, points, means = ax.lines
     assert list(template.get_xdata()) == [2e-4, 2e-4]
-    assert len(points.get_xdata()) == 6
+    assert len(points.get_xdata()) == 7
     np.testing.assert_allclose(
         means.get_xydata(), [[1e-4, 2e-4], [6.67e-4, 1.334e-3], [1e-3, 2e-3]]
     )
@@ -119,10 +120,11 @@ def test_rates_as_expected_lie_on_the_line_and_intervals_stay_in_the_frame():
          "low": [5e-4, 0], "high": [np.inf, 6e-4]}
     )  # fmt: skip
     _, ax = plt.subplots()
-    lora.expected_rates(data, ax)
+    lora.expected_rates(data, ax, ends=(5e-5, 2e-3))
     intervals, points = ax.lines[0:4:2], ax.lines[1:4:2]
     assert [list(p.get_xydata()[0]) for p in points] == [[1e-3, 1e-3], [1e-4, 4e-4]]
     low, high = ax.get_ylim()
+    assert (low, high) == (5e-5, 2e-3)
     assert list(intervals[0].get_ydata()) == [5e-4, high]
     assert list(intervals[1].get_ydata()) == [low, 6e-4]
     diagonal = ax.lines[4].get_xydata()

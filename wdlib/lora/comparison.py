@@ -103,6 +103,29 @@ def _corrected(rows: list[Row]) -> list[Row]:
     return [row | {"holm": float(p)} for row, p in zip(rows, adjusted, strict=True)]
 
 
+def over_rates(found: Found) -> list[Row]:
+    """Held-out losses of the starts that were run at several learning rates: a row per run.
+
+    Columns: variant, rate, seed, loss, whole (whether all rates of the start were run with the
+    seed), and lead (the loss less the base's of the same rate and seed; nan without one).
+    """
+    swept = by_rate(found)
+    losses = {
+        (variant, rate, seed): float(sweep.losses[i, j].mean())
+        for variant, sweep in swept.items()
+        for i, rate in enumerate(sweep.rates)
+        for j, seed in enumerate(sweep.seeds)
+    }
+    rows = []
+    for (variant, rate, seed), loss in losses.items():
+        if not np.isnan(loss):
+            whole = not np.isnan([losses[variant, r, seed] for r in swept[variant].rates]).any()
+            lead = loss - losses.get((BASE, rate, seed), np.nan)
+            named = {"variant": variant, "rate": rate, "seed": seed, "loss": loss}
+            rows.append(named | {"whole": whole, "lead": lead})
+    return rows
+
+
 def optima(found: Found) -> list[Row]:
     """Where the held-out loss of each start is lowest over learning rates.
 

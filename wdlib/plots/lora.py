@@ -189,15 +189,15 @@ def _rows_around_zero(labels: Sequence[str], ax: Axes) -> Axes:
 
 
 def loss_by_rate(data: pd.DataFrame, ax: Axes, template: float) -> Axes:
-    """Held-out loss against the learning rate: columns start, seed, rate, loss.
+    """Held-out loss against the learning rate: columns start, seed, rate, loss, whole.
 
-    A point per seed, and a line through the means of each start; a vertical line at the papers'
-    rate, `template`.
+    A point per seed, and a line through the means of each start over the seeds that are `whole`,
+    which were run at all of its rates; a vertical line at the papers' rate, `template`.
     """
     ax.axvline(template, color=GREY, lw=1, ls="--", zorder=0)
     for start, rows in data.groupby("start", sort=False):
         ax.plot(rows.rate, rows.loss, ms=4, alpha=0.6, mew=0, **_points(start))
-        ax.plot(rows.groupby("rate").loss.mean(), lw=1.3, label=start, **_line(start))
+        ax.plot(rows[rows.whole].groupby("rate").loss.mean(), lw=1.3, label=start, **_line(start))
     rates = sorted(set(data.rate))
     ax.set_xscale("log")
     ax.set_xticks(rates, [f"{rate:.1e}".replace("e-0", "e-") for rate in rates], rotation=45)
@@ -206,13 +206,11 @@ def loss_by_rate(data: pd.DataFrame, ax: Axes, template: float) -> Axes:
     return ax
 
 
-def expected_rates(data: pd.DataFrame, ax: Axes) -> Axes:
+def expected_rates(data: pd.DataFrame, ax: Axes, *, ends: tuple[float, float]) -> Axes:
     """Best rates that were found against those expected: columns start, expected, rate, low, high.
 
-    Intervals are cut at the frame; on the line a start's best rate is the expected one.
+    On the line a start's best rate is the expected one. ends: of both axes; intervals are cut there.
     """
-    both = pd.concat([data.expected, data.rate])
-    ends = both.min() / 2, both.max() * 2
     for row in data.itertuples():
         points = _points(row.start)
         interval = np.clip([row.low, row.high], *ends)
