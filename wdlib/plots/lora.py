@@ -209,7 +209,7 @@ def loss_by_rate(data: pd.DataFrame, ax: Axes, template: float) -> Axes:
 def expected_rates(data: pd.DataFrame, ax: Axes, *, ends: tuple[float, float]) -> Axes:
     """Best rates that were found against those expected: columns start, expected, rate, low, high.
 
-    On the line a start's best rate is the expected one. ends: of both axes; intervals are cut there.
+    On the line a best rate is the expected one. ends: of both axes; intervals are cut there.
     """
     for row in data.itertuples():
         points = _points(row.start)
