@@ -225,6 +225,17 @@ def test_the_grid_of_the_project():
     assert all(path.is_file() for path in references)
 
 
+def test_a_larger_target_has_its_references(tmp_path):
+    found = cells(paths.DATA / "experiments" / "second-target.yaml")
+    assert {c.run.model for c in found} == {"qwen2.5-coder-0.5b-instruct"}
+    assert {state(c, results=tmp_path, work=tmp_path) for c in found} == {TO_DO}
+    template = Hyperparameters().learning_rate
+    rates = {c.run.at_default_rate().variant: set() for c in found}
+    for c in found:
+        rates[c.run.at_default_rate().variant].add(c.run.hyperparameters.learning_rate)
+    assert all(template in tried and len(tried) >= 3 for tried in rates.values())
+
+
 def test_the_papers_scale_passes_a_dry_run(tmp_path):
     path = paths.DATA / "experiments" / "paper-scale.yaml"
     found = cells(path)
