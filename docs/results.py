@@ -252,6 +252,13 @@ OURS = (
         figure="08_leads",
     ),
     Row(
+        says="Does the curvature foretell a start's best rate?",
+        notebook="08",
+        found=r"\nolora\|[\d.e+]+\|\S+?\|\S+?\|\S+?\|([\d.]+)\|([\d.]+)",
+        words="its inverse root does (OLoRA: {1} times it), its inverse not ({0})",
+        figure="08_curvature",
+    ),
+    Row(
         says="How much does GPQA move with the order of its letters?",
         notebook="13",
         found=r"one model in two orders\|\d+\|([\d.]+)%",

@@ -37,11 +37,10 @@ def test_losses_and_gaps_are_two_panels_with_one_legend():
 
 def test_a_variant_looks_like_its_initialisation():
     assert lora.start_look("literal ← x lr3") == lora.start_look("literal")
-    assert lora.start_look("gaussian") not in lora.START_LOOKS.values()
-    colours, markers = (
-        {look[part] for look in lora.START_LOOKS.values()} for part in ("color", "marker")
-    )
-    assert len(colours) == len(markers) == len(lora.START_LOOKS)
+    assert lora.start_look("another") not in lora.START_LOOKS.values()
+    for part in ("marker", "linestyle"):
+        pairs = {(look["color"], look[part]) for look in lora.START_LOOKS.values()}
+        assert len(pairs) == len(lora.START_LOOKS)
 
 
 def test_every_seed_is_a_point_and_the_bar_is_their_mean():

@@ -31,6 +31,10 @@ _START_COLORS = {
     "pissa": PURPLE,
     "one_template": ORANGE,
     "independent": GREEN,
+    "olora": GREEN,
+    "eva": ORANGE,
+    "gaussian": BLUE,
+    "orthogonal": SKY,
 }
 START_LOOKS = {
     name: look(number) | {"color": color}
