@@ -254,8 +254,8 @@ OURS = (
     Row(
         says="Does the curvature foretell a start's best rate?",
         notebook="08",
-        found=r"\nolora\|[\d.e+]+\|\S+?\|\S+?\|\S+?\|([\d.]+)\|([\d.]+)",
-        words="its inverse root does (OLoRA: {1} times it), its inverse not ({0})",
+        found=r"\neva\|[\d.e+]+\|\S+?\|\S+?\|\S+?\|([\d.]+)\|([\d.]+)",
+        words="by its inverse root, EVA's to {1} times; by its inverse, {0}",
         figure="08_curvature",
     ),
     Row(
