@@ -90,7 +90,8 @@ def test_the_stored_models_need_no_weights(python):
     done = python("-m", "wdlib", "stored")
     assert f"spectra  {DEFAULT}  192  up to date" in done.stdout
     assert f"fingerprint  {DEFAULT}  16  up to date" in done.stdout
-    assert done.stdout.count("characterisation  ") == 9
+    stored = list((paths.RESULTS / "characterisation").glob("*-r*.json"))
+    assert done.stdout.count("characterisation  ") == len(stored) > 0
     code = f"from wdlib import spectra; print(spectra.of({DEFAULT!r}, 16).rank)"
     assert python("-c", code).stdout == "16\n"
     assert python("-m", "wdlib", "experiments", "--dry-run").stdout.count("to do") > 50
