@@ -12,13 +12,13 @@ from wdlib.cli import subcommands
 
 def joined(words: Sequence[str]) -> list[str]:
     """The words of a command line, with "-p NAME VALUE" written as "-p NAME=VALUE"."""
-    joined: list[str] = []
+    found: list[str] = []
     for word in words:
-        if joined[-2:-1] == ["-p"] and "=" not in joined[-1]:
-            joined[-1] += f"={word}"
+        if found[-2:-1] == ["-p"] and "=" not in found[-1]:
+            found[-1] += f"={word}"
         else:
-            joined.append(word)
-    return joined
+            found.append(word)
+    return found
 
 
 def parser() -> argparse.ArgumentParser:

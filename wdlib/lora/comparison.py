@@ -110,20 +110,17 @@ def over_rates(found: Found) -> list[Row]:
     seed), and lead (the loss less the base's of the same rate and seed; nan without one).
     """
     swept = by_rate(found)
-    losses = {
-        (variant, rate, seed): float(sweep.losses[i, j].mean())
+    rows: list[Row] = [
+        {"variant": variant, "rate": rate, "seed": seed, "loss": float(loss), "whole": bool(whole)}
         for variant, sweep in swept.items()
-        for i, rate in enumerate(sweep.rates)
-        for j, seed in enumerate(sweep.seeds)
-    }
-    rows = []
-    for (variant, rate, seed), loss in losses.items():
-        if not np.isnan(loss):
-            whole = not np.isnan([losses[variant, r, seed] for r in swept[variant].rates]).any()
-            lead = loss - losses.get((BASE, rate, seed), np.nan)
-            named = {"variant": variant, "rate": rate, "seed": seed, "loss": loss}
-            rows.append(named | {"whole": whole, "lead": lead})
-    return rows
+        for rate, means in zip(sweep.rates, sweep.losses.mean(2), strict=True)
+        for seed, loss, whole in zip(sweep.seeds, means, sweep.whole, strict=True)
+        if not np.isnan(loss)
+    ]
+    base = {(row["rate"], row["seed"]): row["loss"] for row in rows if row["variant"] == BASE}
+    return [
+        row | {"lead": row["loss"] - base.get((row["rate"], row["seed"]), np.nan)} for row in rows
+    ]
 
 
 def optima(found: Found) -> list[Row]:
@@ -136,7 +133,7 @@ def optima(found: Found) -> list[Row]:
     for variant, sweep in by_rate(found).items():
         common = sweep.common
         best = sweeps.optimum(sweep.rates, common)
-        seeds = int((~np.isnan(sweep.losses).any((0, 2))).sum())
+        seeds = int(sweep.whole.sum())
         named = {"variant": variant, "tried": sweep.rates[int(common.mean(1).argmin())]}
         fitted = {"rate": best.setting, "low": best.low, "high": best.high, "loss": best.loss}
         rows.append(named | fitted | {"seeds": seeds})

@@ -296,9 +296,14 @@ class Sweep:
     losses: np.ndarray
 
     @property
+    def whole(self) -> np.ndarray:
+        """(seeds,) bool: whether every rate was run with the seed."""
+        return ~np.isnan(self.losses).any((0, 2))
+
+    @property
     def common(self) -> np.ndarray:
-        """(rates, items): means over the seeds with which every rate was run."""
-        return self.losses[:, ~np.isnan(self.losses).any((0, 2))].mean(1)
+        """(rates, items): means over the seeds that are `whole`."""
+        return self.losses[:, self.whole].mean(1)
 
 
 def by_rate(found: Mapping[Run, CellResult], *, least: int = 3) -> dict[str, Sweep]:

@@ -153,7 +153,9 @@ def by_variant(data: pd.DataFrame, ax: Axes) -> Axes:
     if data.value.abs().max() > 3 * most > 0:
         ax.set_xscale("symlog", linthresh=most, linscale=1.5)
         far = float(f"{data.value.loc[data.value.abs().idxmax()]:.1g}")
-        ax.set_xticks([far, -most, 0, most], [f"{x:g}" for x in (far, -most, 0, most)])
+        # The near end of the grey part has no label: it would run into that of the far end.
+        ticks = [far, 0, -np.copysign(most, far)]
+        ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
         ax.axvspan(far * 2, np.copysign(most, far), color="0.95", lw=0, zorder=0)
         ax.set_xlim(*sorted((far * 1.4, -np.copysign(1.5 * most, far))))
         ax.minorticks_off()
